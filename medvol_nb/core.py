@@ -112,7 +112,7 @@ def _feed(h, obj: Any) -> None:
         tag("seq", str(len(obj)).encode())
         for v in obj: _feed(h, v)
     elif hasattr(obj, "detach") and hasattr(obj, "numpy"): _feed(h, obj.detach().cpu().numpy())
-    else: raise TypeError(f"fingerprint: no stable content for {type(obj).__name__}; pass plain values, arrays or dataclasses")
+    else: raise TypeError(f"fingerprint: no stable content for {type(obj).__name__}, pass plain values or arrays")
 
 def _digest(obj: Any) -> bytes:
     h = hashlib.sha256()
@@ -166,14 +166,16 @@ def check_output(
         raise ConfigError(f"on_exists: must be 'error', 'skip' or 'overwrite', got {on_exists!r}")
     if "\0" in str(path): raise OutputExists(f"output {str(path)!r}: the name holds a NUL byte")
     parent = path.parent
-    if not parent.exists(): raise MissingFile(f"output {path}: folder {parent} does not exist. Create it: mkdir -p '{parent}'")
+    if not parent.exists():
+        raise MissingFile(f"output {path}: folder {parent} does not exist. Create it: mkdir -p '{parent}'")
     if not parent.is_dir(): raise OutputExists(f"output {path}: {parent} is a file, not a folder")
     if path.is_symlink():
-        raise OutputExists(f"output {path} is a symbolic link to {os.readlink(path)}. Name the real place, or remove the link")
+        raise OutputExists(f"output {path} is a symbolic link to {os.readlink(path)}. Name the real place instead")
     for i in inputs:
         if os.path.realpath(i) == os.path.realpath(path):
-            raise OutputExists(f"output {path} is also an input of this job. Choose another output; inputs are never overwritten")
-    if not os.access(parent, os.W_OK | os.X_OK): raise OutputExists(f"output {path}: no permission to write in {parent}")
+            raise OutputExists(f"output {path} is also an input of this job. Inputs are never overwritten")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputExists(f"output {path}: no permission to write in {parent}")
     if not path.exists(): return True
     if on_exists == "skip": return False
     if on_exists == "overwrite": return True
@@ -273,8 +275,8 @@ def atomic(
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(e, MedvolError): raise
         done = sum(p.stat().st_size for p in ([temp, *temp.rglob("*")] if temp.exists() else []) if p.is_file())
         free = shutil.disk_usage(path.parent).free
-        raise DiskFull(e.errno, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free on the disk "
-                                f"({e.strerror}). The previous content is intact; free some space and run again") from e
+        raise DiskFull(e.errno, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free "
+                       f"({e.strerror}). What was there before is intact; free some space and run again") from e
     finally:
         if temp.exists(): remove_tree(temp)
 
@@ -315,8 +317,8 @@ def lock(
             try: owner = file.read_text()
             except FileNotFoundError: continue
             if re.fullmatch(r"[0-9a-f]{6}-\d+-\d+", owner) and _is_dead(owner): file.unlink(missing_ok=True); continue
-            raise Locked(f"{path} is in use by another process (owner {owner}). Wait for it, or, if you are sure that it is gone "
-                         f"from a different machine, remove {file}") from None
+            raise Locked(f"{path} is in use by another process (owner {owner}). Wait for it; if it ran on a machine "
+                         f"that is gone, remove {file}") from None
         finally: temp.unlink(missing_ok=True)
     else: raise Locked(f"{path}: could not take {file}, it changes hands all the time")
     try: yield file
@@ -329,12 +331,12 @@ def _read_text(path: str | os.PathLike, max_bytes: int) -> str:
     if not path.exists(): raise MissingFile(f"{path} does not exist")
     if not path.is_file(): raise FormatError(f"{path} is not a file")
     if (size := path.stat().st_size) > max_bytes:
-        raise FormatError(f"{path}: {human_bytes(size)} is more than the {human_bytes(max_bytes)} allowed here (max_bytes)")
+        raise FormatError(f"{path}: {human_bytes(size)}, at most {human_bytes(max_bytes)} are allowed here (max_bytes)")
     raw = path.read_bytes()
     try: return raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1
-        raise FormatError(f"{path}, line {line}: not UTF-8 text (byte 0x{raw[e.start]:02x}). Save the file as UTF-8") from None
+        raise FormatError(f"{path}, line {line}: byte 0x{raw[e.start]:02x} is not UTF-8 text") from None
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
@@ -351,7 +353,8 @@ def parse_json(
 ) -> Any: # plain values
     "Parse strict JSON: duplicate keys, NaN and Infinity are errors"
     try: return json.loads(text.lstrip("\ufeff"), object_pairs_hook=_pairs, parse_constant=_constant)
-    except json.JSONDecodeError as e: raise FormatError(f"{where}, line {e.lineno}, column {e.colno}: {e.msg}") from None
+    except json.JSONDecodeError as e:
+        raise FormatError(f"{where}, line {e.lineno}, column {e.colno}: {e.msg}") from None
     except RecursionError: raise FormatError(f"{where}: nested too deeply") from None
     except ValueError as e: raise FormatError(f"{where}: {e}") from None
 
@@ -419,7 +422,8 @@ def read_csv(
     except StopIteration: raise FormatError(f"{path}: empty, a header line is needed") from None
     except csv.Error as e: raise FormatError(f"{path}, line 1: {e}") from None
     if len(set(header)) < len(header): raise FormatError(f"{path}: a column name appears twice in {header}")
-    if lacking := [c for c in columns if c not in header]: raise FormatError(f"{path}: columns {lacking} are missing, found {header}")
+    if lacking := [c for c in columns if c not in header]:
+        raise FormatError(f"{path}: columns {lacking} are missing, found {header}")
     rows = []
     try:
         for row in reader:
@@ -509,6 +513,6 @@ def optional(
     try: return importlib.import_module(name)
     except ImportError as e:
         if isinstance(e, ModuleNotFoundError) and e.name and name.split(".")[0] == e.name.split(".")[0]:
-            raise MissingExtra(f"needs the `{extra}` extra: pip install 'medvol_nb[{extra}]' (package {name} is missing)") from None
-        raise MissingExtra(f"package {name} is installed but does not import: {e}. Run `medvol doctor`, or install the tested "
-                           f"versions again: pip install 'medvol_nb[{extra}]'") from e
+            raise MissingExtra(f"{name} needs the `{extra}` extra: pip install 'medvol_nb[{extra}]'") from None
+        raise MissingExtra(f"package {name} is installed but does not import: {e}. Run `medvol doctor`, or install the "
+                           f"tested versions again: pip install 'medvol_nb[{extra}]'") from e

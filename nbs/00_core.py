@@ -3,10 +3,10 @@
 #
 # > Errors, random streams, atomic writing, strict files, fingerprints and progress: what every page stands on.
 #
-# Research scripts fail in the same few ways. A job is killed and leaves half a file that the next run takes for a whole one.
-# A result changes with the number of workers because all of them share one random generator. A typo in a JSON file is
-# silently ignored. Two runs write to the same folder. This page holds the answer to each of these, once, so that no later
-# page has to invent it again.
+# Research scripts fail in the same few ways. A job is killed and leaves half a file that the next run takes for a
+# whole one. A result changes with the number of workers because all of them share one random generator. A typo in a
+# JSON file is silently ignored. Two runs write to the same folder. This page holds the answer to each of these, once,
+# so that no later page has to invent it again.
 
 # %%
 #| default_exp core
@@ -75,8 +75,8 @@ class MissingExtra(MedvolError, ImportError):
     "An optional package is needed; the message holds the pip line"
 
 # %% [markdown]
-# Three small helpers keep the lesson cells short: `raises` for the errors a page wants to show, `close` for numbers, and
-# `tmpdir` for a folder that goes away.
+# Three small helpers keep the lesson cells short: `raises` for the errors a page wants to show, `close` for numbers,
+# and `tmpdir` for a folder that goes away.
 
 # %%
 #| export
@@ -147,7 +147,7 @@ def _feed(h, obj: Any) -> None:
         tag("seq", str(len(obj)).encode())
         for v in obj: _feed(h, v)
     elif hasattr(obj, "detach") and hasattr(obj, "numpy"): _feed(h, obj.detach().cpu().numpy())
-    else: raise TypeError(f"fingerprint: no stable content for {type(obj).__name__}; pass plain values, arrays or dataclasses")
+    else: raise TypeError(f"fingerprint: no stable content for {type(obj).__name__}, pass plain values or arrays")
 
 def _digest(obj: Any) -> bytes:
     h = hashlib.sha256()
@@ -181,11 +181,11 @@ with raises(TypeError, match="no stable content"): fingerprint(object())
 
 # %% [markdown]
 # ## Randomness that belongs to the item
-# A global generator makes the result depend on the order of calls, so the same seed gives other data with two workers than
-# with one. Here a random stream has a *name* instead of a history: the seed plus the keys of the item. Whoever asks for
-# the stream `(seed, "crop", epoch, index)` gets the same numbers, in any process, in any order. The keys are hashed into a
-# `SeedSequence` and drive Philox, a counter-based generator (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*,
-# SC 2011).
+# A global generator makes the result depend on the order of calls, so the same seed gives other data with two workers
+# than with one. Here a random stream has a *name* instead of a history: the seed plus the keys of the item. Whoever
+# asks for the stream `(seed, "crop", epoch, index)` gets the same numbers, in any process, in any order. The keys are
+# hashed into a `SeedSequence` and drive Philox, a counter-based generator (Salmon et al., *Parallel random numbers:
+# as easy as 1, 2, 3*, SC 2011).
 
 # %%
 #| export
@@ -239,14 +239,16 @@ def check_output(
         raise ConfigError(f"on_exists: must be 'error', 'skip' or 'overwrite', got {on_exists!r}")
     if "\0" in str(path): raise OutputExists(f"output {str(path)!r}: the name holds a NUL byte")
     parent = path.parent
-    if not parent.exists(): raise MissingFile(f"output {path}: folder {parent} does not exist. Create it: mkdir -p '{parent}'")
+    if not parent.exists():
+        raise MissingFile(f"output {path}: folder {parent} does not exist. Create it: mkdir -p '{parent}'")
     if not parent.is_dir(): raise OutputExists(f"output {path}: {parent} is a file, not a folder")
     if path.is_symlink():
-        raise OutputExists(f"output {path} is a symbolic link to {os.readlink(path)}. Name the real place, or remove the link")
+        raise OutputExists(f"output {path} is a symbolic link to {os.readlink(path)}. Name the real place instead")
     for i in inputs:
         if os.path.realpath(i) == os.path.realpath(path):
-            raise OutputExists(f"output {path} is also an input of this job. Choose another output; inputs are never overwritten")
-    if not os.access(parent, os.W_OK | os.X_OK): raise OutputExists(f"output {path}: no permission to write in {parent}")
+            raise OutputExists(f"output {path} is also an input of this job. Inputs are never overwritten")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputExists(f"output {path}: no permission to write in {parent}")
     if not path.exists(): return True
     if on_exists == "skip": return False
     if on_exists == "overwrite": return True
@@ -254,10 +256,10 @@ def check_output(
 
 # %% [markdown]
 # ## Atomic writing
-# A reader must see the old file or the new one, never a half. `atomic` hands out a temporary sibling on the same disk,
-# and only when the block ends without an error is it flushed to disk and renamed over the final name, in one step of the
-# file system. The same goes for whole folders. If the process is killed the sibling stays behind; its name carries the
-# process that owned it, so the next writer of that folder recognises it as dead and sweeps it away.
+# A reader must see the old file or the new one, never a half. `atomic` hands out a temporary sibling on the same
+# disk, and only when the block ends without an error is it flushed to disk and renamed over the final name, in one
+# step of the file system. The same goes for whole folders. If the process is killed the sibling stays behind; its
+# name carries the process that owned it, so the next writer of that folder recognises it as dead and sweeps it away.
 
 # %%
 #| export
@@ -355,8 +357,8 @@ def atomic(
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(e, MedvolError): raise
         done = sum(p.stat().st_size for p in ([temp, *temp.rglob("*")] if temp.exists() else []) if p.is_file())
         free = shutil.disk_usage(path.parent).free
-        raise DiskFull(e.errno, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free on the disk "
-                                f"({e.strerror}). The previous content is intact; free some space and run again") from e
+        raise DiskFull(e.errno, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free "
+                       f"({e.strerror}). What was there before is intact; free some space and run again") from e
     finally:
         if temp.exists(): remove_tree(temp)
 
@@ -410,7 +412,8 @@ with atomic(sys.argv[1]) as t:
 """
 with tmpdir() as d:
     (d/"x.json").write_text("old")
-    subprocess.run([sys.executable, "-c", killed, str(d/"x.json")], cwd=Path.cwd().parent if Path.cwd().name == "nbs" else None)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", killed, str(d/"x.json")], env=env)
     litter, content = len(os.listdir(d)) - 1, (d/"x.json").read_text()
     with atomic(d/"x.json") as t: t.write_text("new")
     after = sorted(os.listdir(d))
@@ -451,8 +454,8 @@ def lock(
             try: owner = file.read_text()
             except FileNotFoundError: continue
             if re.fullmatch(r"[0-9a-f]{6}-\d+-\d+", owner) and _is_dead(owner): file.unlink(missing_ok=True); continue
-            raise Locked(f"{path} is in use by another process (owner {owner}). Wait for it, or, if you are sure that it is gone "
-                         f"from a different machine, remove {file}") from None
+            raise Locked(f"{path} is in use by another process (owner {owner}). Wait for it; if it ran on a machine "
+                         f"that is gone, remove {file}") from None
         finally: temp.unlink(missing_ok=True)
     else: raise Locked(f"{path}: could not take {file}, it changes hands all the time")
     try: yield file
@@ -470,9 +473,9 @@ names
 
 # %% [markdown]
 # ## Strict JSON and CSV
-# Python's JSON reader accepts `NaN`, keeps the last of two equal keys, and dies with a recursion error on a deeply nested
-# file. A data list is an input from outside, so `read_json` refuses all three, names the line, and reads no more than a
-# stated number of bytes. `write_json` writes the same bytes for the same value, always.
+# Python's JSON reader accepts `NaN`, keeps the last of two equal keys, and dies with a recursion error on a deeply
+# nested file. A data list is an input from outside, so `read_json` refuses all three, names the line, and reads no
+# more than a stated number of bytes. `write_json` writes the same bytes for the same value, always.
 
 # %%
 #| export
@@ -482,12 +485,12 @@ def _read_text(path: str | os.PathLike, max_bytes: int) -> str:
     if not path.exists(): raise MissingFile(f"{path} does not exist")
     if not path.is_file(): raise FormatError(f"{path} is not a file")
     if (size := path.stat().st_size) > max_bytes:
-        raise FormatError(f"{path}: {human_bytes(size)} is more than the {human_bytes(max_bytes)} allowed here (max_bytes)")
+        raise FormatError(f"{path}: {human_bytes(size)}, at most {human_bytes(max_bytes)} are allowed here (max_bytes)")
     raw = path.read_bytes()
     try: return raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1
-        raise FormatError(f"{path}, line {line}: not UTF-8 text (byte 0x{raw[e.start]:02x}). Save the file as UTF-8") from None
+        raise FormatError(f"{path}, line {line}: byte 0x{raw[e.start]:02x} is not UTF-8 text") from None
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
@@ -504,7 +507,8 @@ def parse_json(
 ) -> Any: # plain values
     "Parse strict JSON: duplicate keys, NaN and Infinity are errors"
     try: return json.loads(text.lstrip("\ufeff"), object_pairs_hook=_pairs, parse_constant=_constant)
-    except json.JSONDecodeError as e: raise FormatError(f"{where}, line {e.lineno}, column {e.colno}: {e.msg}") from None
+    except json.JSONDecodeError as e:
+        raise FormatError(f"{where}, line {e.lineno}, column {e.colno}: {e.msg}") from None
     except RecursionError: raise FormatError(f"{where}: nested too deeply") from None
     except ValueError as e: raise FormatError(f"{where}: {e}") from None
 
@@ -574,7 +578,8 @@ def read_csv(
     except StopIteration: raise FormatError(f"{path}: empty, a header line is needed") from None
     except csv.Error as e: raise FormatError(f"{path}, line 1: {e}") from None
     if len(set(header)) < len(header): raise FormatError(f"{path}: a column name appears twice in {header}")
-    if lacking := [c for c in columns if c not in header]: raise FormatError(f"{path}: columns {lacking} are missing, found {header}")
+    if lacking := [c for c in columns if c not in header]:
+        raise FormatError(f"{path}: columns {lacking} are missing, found {header}")
     rows = []
     try:
         for row in reader:
@@ -660,8 +665,8 @@ assert inside("data", "/abs/x.nii", absolute=True) == Path("/abs/x.nii")
 
 # %% [markdown]
 # ## Progress and optional packages
-# `progress` is a bar where somebody looks (a terminal, a notebook), one log line every ten percent where nobody does, and
-# silent in tests. `optional` imports a package that belongs to an extra, or says which pip line brings it.
+# `progress` is a bar where somebody looks (a terminal, a notebook), one log line every ten percent where nobody does,
+# and silent in tests. `optional` imports a package that belongs to an extra, or says which pip line brings it.
 
 # %%
 #| export
@@ -703,9 +708,9 @@ def optional(
     try: return importlib.import_module(name)
     except ImportError as e:
         if isinstance(e, ModuleNotFoundError) and e.name and name.split(".")[0] == e.name.split(".")[0]:
-            raise MissingExtra(f"needs the `{extra}` extra: pip install 'medvol_nb[{extra}]' (package {name} is missing)") from None
-        raise MissingExtra(f"package {name} is installed but does not import: {e}. Run `medvol doctor`, or install the tested "
-                           f"versions again: pip install 'medvol_nb[{extra}]'") from e
+            raise MissingExtra(f"{name} needs the `{extra}` extra: pip install 'medvol_nb[{extra}]'") from None
+        raise MissingExtra(f"package {name} is installed but does not import: {e}. Run `medvol doctor`, or install the "
+                           f"tested versions again: pip install 'medvol_nb[{extra}]'") from e
 
 # %%
 list(progress(range(4), desc="demo"))

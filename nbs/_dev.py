@@ -112,16 +112,18 @@ def export() -> int:
 def check() -> int:
     if rc := export(): return rc
     problems = []
-    status = subprocess.run(["git", "status", "--porcelain", "--", "medvol_nb"], cwd=ROOT, capture_output=True, text=True)
+    status = subprocess.run(["git", "status", "--porcelain", "--", "medvol_nb"], cwd=ROOT, capture_output=True,
+                            text=True)
     if status.returncode: problems.append(f"git status failed: {status.stderr.strip()}")
     if status.stdout.strip():
         problems.append("the package differs from the notebooks (run `_dev.py export` and commit):\n" + status.stdout)
     wanted = set()
     for py in sources():
         text = py.read_text(encoding="utf-8")
-        wanted |= {m.group(1).replace(".", "/") + ".py" for m in re.finditer(r"^#\s*\|\s*default_exp\s+(\S+)", text, re.M)}
+        named = re.findall(r"^#\s*\|\s*default_exp\s+(\S+)", text, re.M)
+        wanted |= {n.replace(".", "/") + ".py" for n in named}
         if jupytext.writes(jupytext.reads(text, "py:percent"), "py:percent") != text:
-            problems.append(f"{py.name} does not survive a round trip through jupytext: open it once in Jupyter and save")
+            problems.append(f"{py.name} does not survive a round trip through jupytext: open it in Jupyter and save")
     for module in PACKAGE.rglob("*.py"):
         name = module.relative_to(PACKAGE).as_posix()
         if module.name not in ("__init__.py", "_modidx.py") and name not in wanted:
@@ -141,7 +143,8 @@ def test(names: list[str], flags: str, max_seconds: float, workers: int) -> int:
     new = subprocess.run([*tool("nbdev_test"), "--help"], capture_output=True, text=True).stdout
     three = "--n-workers" in new
     start = time.time()
-    common = ["--n-workers" if three else "--n_workers", str(workers), "--timing"] + (["--flags", flags] if flags else [])
+    common = ["--n-workers" if three else "--n_workers", str(workers), "--timing"]
+    if flags: common += ["--flags", flags]
     runs = [[]] if not names else [[str(p.with_suffix(".ipynb"))] for p in picked]
     failed, out = 0, ""
     for one in runs:
@@ -151,7 +154,8 @@ def test(names: list[str], flags: str, max_seconds: float, workers: int) -> int:
         print(run.stdout, end="", flush=True)
         out += run.stdout
         failed = failed or run.returncode
-    slow = [(n, float(t)) for n, t in re.findall(r"(\S+\.ipynb)\D{0,40}?(\d+\.?\d*)\s*s", out) if float(t) > max_seconds]
+    timed = re.findall(r"(\S+\.ipynb)\D{0,40}?(\d+\.?\d*)\s*s", out)
+    slow = [(n, float(t)) for n, t in timed if float(t) > max_seconds]
     for name, seconds in slow: print(f"{name} took {seconds:.0f} s, the limit is {max_seconds:g} s", file=sys.stderr)
     print(f"{len(picked)} notebooks {'FAILED' if failed else 'passed'} in {time.time() - start:.0f} s")
     return int(bool(failed or slow))

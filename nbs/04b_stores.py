@@ -1,0 +1,460 @@
+# %% [markdown]
+# # Zarr, OME-Zarr, HDF5 and NumPy
+#
+# > Volumes in chunks: lazily read, checksummed when written, with their place in the world.
+#
+# A volume of a terabyte does not fit in memory and does not have to. Chunked formats keep it as many small compressed
+# blocks. The functions here return a `Volume` whose data is the store itself: slicing reads only the blocks that are
+# touched. They also cure two weaknesses. By default neither format notices a flipped bit, so what we write carries
+# checksums. And neither says where the volume is in the world, so we write the affine, and read what others wrote:
+# OME-NGFF scales and translations, and the usual voxel size attributes.
+#
+# Formats: [Zarr v2 and v3](https://zarr-specs.readthedocs.io), [OME-NGFF 0.4 and 0.5](https://ngff.openmicroscopy.org),
+# [HDF5](https://docs.h5py.org), [NPY](https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
+
+# %%
+#| default_exp stores
+
+# %%
+#| export
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from medvol_nb.core import DataError, FormatError, MissingFile, OnExists, atomic, check_output, human_bytes
+from medvol_nb.geometry import Volume, affine_from
+
+# %%
+import matplotlib.pyplot as plt
+
+from medvol_nb import phantoms
+from medvol_nb.core import close, raises, tmpdir
+from medvol_nb.geometry import same_grid, to_world
+
+# %% [markdown]
+# ## Where is it, how large is a voxel
+# Attributes are words from outside. Our own are checked as strictly as a header; the known ones of other tools are read
+# with their units, and a name that says nothing about units is not guessed at.
+
+# %%
+#| export
+_TO_MM = MappingProxyType({"m": 1e3, "meter": 1e3, "cm": 10.0, "centimeter": 10.0, "mm": 1.0, "millimeter": 1.0,
+                           "um": 1e-3, "µm": 1e-3, "micrometer": 1e-3, "micron": 1e-3, "nm": 1e-6, "nanometer": 1e-6})
+_SIZE_KEYS = MappingProxyType({"spacing_mm": 1.0, "voxel_size_mm": 1.0, "element_size_um": 1e-3, "voxel_size_um": 1e-3,
+                               "voxel_size_nm": 1e-6, "resolution_nm": 1e-6, "resolution_um": 1e-3})
+
+def _numbers(value: Any, n: int, where: str) -> np.ndarray:
+    try: out = np.array(value, np.float64)
+    except (TypeError, ValueError): out = np.array([])
+    if out.size != n or not np.isfinite(out).all():
+        raise FormatError(f"{where}: must be {n} numbers, got {str(value)[:80]}")
+    return out
+
+def _place(attrs: Mapping, ndim: int, where: str) -> tuple[str, np.ndarray, list[tuple[str, str]]]:
+    "Axes, affine and notes from the attributes of an array"
+    default = ("zyx" if ndim == 3 else "czyx")
+    axes = attrs.get("axes", attrs.get("_ARRAY_DIMENSIONS", default))
+    axes = "".join(axes).lower() if isinstance(axes, (list, tuple)) and all(isinstance(a, str) for a in axes) else axes
+    if not isinstance(axes, str) or len(axes) != ndim: axes = default
+    if "affine" in attrs: return axes, _numbers(attrs["affine"], 16, f"{where}: affine").reshape(4, 4), []
+    for key, factor in _SIZE_KEYS.items():
+        if key in attrs:
+            sizes = _numbers(attrs[key], 3, f"{where}: {key}")*factor
+            if sizes.min() <= 0: raise FormatError(f"{where}: {key} must be > 0, got {attrs[key]}")
+            return axes, affine_from(sizes, axes=axes), []
+    return axes, affine_from(1.0, axes=axes), [("W207", "the store has no voxel size, 1 mm is assumed")]
+
+# %% [markdown]
+# ## OME-NGFF
+# A multiscale image is a list of arrays with, for each, a scale and a translation by axis. We need the three space
+# axes, in stored order, and their unit. Writers other than ours exist, so all of it is optional but none of it is
+# trusted.
+
+# %%
+#| export
+def _scale_and_shift(transforms: Any, n: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    scale, shift = np.ones(n), np.zeros(n)
+    for t in transforms or ():
+        if not isinstance(t, Mapping): raise FormatError(f"{where}: a coordinate transformation is not an object")
+        if t.get("type") == "scale":
+            factor = _numbers(t.get("scale"), n, f"{where}: scale")
+            scale, shift = scale*factor, shift*factor
+        elif t.get("type") == "translation": shift = shift + _numbers(t.get("translation"), n, f"{where}: translation")
+        elif t.get("type") != "identity": raise FormatError(f"{where}: transformation {t.get('type')!r} is not known")
+    return scale, shift
+
+def _ome_level(image: Mapping, level: int, where: str) -> tuple[str, str, np.ndarray]:
+    "Path, axes and affine of one resolution level of a multiscale image"
+    sets = image.get("datasets")
+    if not isinstance(sets, list) or not sets: raise FormatError(f"{where}: multiscales without datasets")
+    if not 0 <= level < len(sets): raise DataError(f"{where}: level {level} was asked for, it has 0 to {len(sets) - 1}")
+    axes = image.get("axes") or ["t", "c", "z", "y", "x"]
+    names = [a.get("name") if isinstance(a, Mapping) else a for a in axes]
+    if not all(isinstance(a, str) for a in names): raise FormatError(f"{where}: axes have no names")
+    names = [a.lower() for a in names]
+    units = [a.get("unit") if isinstance(a, Mapping) else None for a in axes]
+    scale, shift = _scale_and_shift(sets[level].get("coordinateTransformations"), len(names), where)
+    scale2, shift2 = _scale_and_shift(image.get("coordinateTransformations"), len(names), where)
+    scale, shift = scale*scale2, shift*scale2 + shift2
+    mm = np.array([_TO_MM.get(str(u).lower(), 1.0) if u else 1.0 for u in units])
+    space = [k for k, a in enumerate(names) if a in "xyz"]
+    if len(space) != 3 or not set(names) <= set("tcxyz"): raise FormatError(f"{where}: axes {names} are not x, y, z")
+    sizes, origin = (scale*mm)[space], np.zeros(3)
+    if sizes.min() <= 0: raise FormatError(f"{where}: scale must be > 0, got {scale.tolist()}")
+    kept = "".join(names[k] for k in space)
+    for k in space: origin["xyz".index(names[k])] = (shift*mm)[k]
+    path = sets[level].get("path")
+    if not isinstance(path, str) or ".." in path.split("/"):
+        raise FormatError(f"{where}: dataset path {path!r} is not valid")
+    return path, "".join(names), affine_from(sizes, origin, kept)
+
+# %%
+#| export
+def _drop_single(data: Any, names: str, where: str) -> tuple[Any, str]:
+    "Remove time and channel axes of length one; loads nothing unless an axis has to go"
+    gone = [k for k, a in enumerate(names) if a in "tc" and data.shape[k] == 1]
+    if any(a == "t" and data.shape[k] > 1 for k, a in enumerate(names)):
+        raise DataError(f"{where}: holds {data.shape[names.index('t')]} time points. Read one of them with zarr itself")
+    if gone: data = data[tuple(0 if k in gone else slice(None) for k in range(len(names)))]
+    return data, "".join(a for k, a in enumerate(names) if k not in gone)
+
+def _split(path: str | os.PathLike) -> tuple[Path, str]:
+    "Split 'file.h5::a/b' or 'store.zarr/a/b' into the file and the name inside"
+    text = os.fspath(path)
+    if "::" in text:
+        file, _, name = text.rpartition("::")
+        return Path(file), name.strip("/")
+    p = Path(text)
+    for parent in p.parents:
+        if parent.suffix == ".zarr": return parent, p.relative_to(parent).as_posix()
+    return p, ""
+
+_MAX_CHUNK = 4*2**30
+
+def open_zarr(
+    path: str | os.PathLike, # store folder; 'store.zarr/name' or 'store.zarr::name' for an array inside
+    level: int = 0, # resolution level of a multiscale image, 0 is the finest
+) -> Volume: # data is the zarr array itself, read when sliced
+    "Open a zarr v2 or v3 array, or a level of an OME-Zarr image, without reading its voxels"
+    import zarr
+    store, name = _split(path)
+    where = str(path)
+    if not store.exists(): raise MissingFile(f"{store} does not exist")
+    if not store.is_dir(): raise FormatError(f"{where}: a zarr store is a folder")
+    try: node = zarr.open(str(store), path=name or None, mode="r")
+    except (FileNotFoundError, KeyError): raise MissingFile(f"{where}: there is no zarr array or group") from None
+    except Exception as e: raise FormatError(f"{where}: damaged zarr metadata ({type(e).__name__}: {e})") from None
+    attrs: dict = dict(node.attrs)
+    if isinstance(node, zarr.Group):
+        ome = attrs.get("ome", attrs)
+        images = ome.get("multiscales") if isinstance(ome, Mapping) else None
+        if images:
+            inner, names, affine = _ome_level(images[0], level, where)
+            if inner not in node:
+                raise FormatError(f"{where}: level {level} names the array {inner!r}, which does not exist")
+            array = _check_array(node[inner], where)
+            if array.ndim != len(names): raise FormatError(f"{where}: {array.ndim} dimensions, but axes {names}")
+            data, axes = _drop_single(array, names, where)
+            if axes[0] != "c" and "c" in axes:
+                raise DataError(f"{where}: channels are not in front (axes {axes}). Rewrite it with channels first")
+            meta = {"path": where, "notes": (), "levels": len(images[0]["datasets"])}
+            return Volume(data, affine, axes, MappingProxyType(meta))
+        arrays = sorted(k for k, _ in node.arrays())
+        if len(arrays) != 1:
+            raise DataError(f"{where} is a group of {len(arrays)} arrays ({', '.join(arrays[:8]) or 'none'}). "
+                            f"Name one of them: {store}/{arrays[0] if arrays else 'NAME'}")
+        node = node[arrays[0]]
+        attrs = {**attrs, **dict(node.attrs)}
+    elif name and "/" not in name:
+        parent = zarr.open(str(store), mode="r")
+        attrs = {**dict(parent.attrs), **attrs}
+    array = _check_array(node, where)
+    if array.ndim not in (3, 4):
+        raise DataError(f"{where}: {array.ndim} dimensions, a volume has 3, or 4 with channels")
+    axes, affine, notes = _place(attrs, array.ndim, where)
+    try: return Volume(array, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes), "levels": 1}))
+    except DataError as e: raise FormatError(f"{where}: {e}") from None
+
+def _check_array(array: Any, where: str) -> Any:
+    "Refuse types we cannot use and chunks no machine could hold, before anything is decoded"
+    dtype = np.dtype(array.dtype)
+    if dtype.kind not in "biuf": raise DataError(f"{where}: holds {dtype} values, only real numbers are supported")
+    chunk = int(np.prod(getattr(array, "shards", None) or array.chunks, dtype=object))*dtype.itemsize
+    if chunk > _MAX_CHUNK:
+        raise FormatError(f"{where}: one chunk would take {human_bytes(chunk)}, the metadata must be damaged")
+    return array
+
+# %% [markdown]
+# ## Writing with checksums
+# Version 3 stores get a CRC-32C over each compressed chunk, version 2 stores use the content checksum of zstd. A whole
+# store is written beside its final name and moved there when complete, so a half-written store is never found under
+# the name of a whole one.
+
+# %%
+#| export
+def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int]) -> tuple[int, ...]:
+    wanted = np.broadcast_to(np.asarray(chunks), (3,))
+    return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, shape[-3:]))
+
+def create_array(
+    group: Any, # open zarr group
+    name: str, # of the new array
+    shape: Sequence[int], # of the new array
+    dtype: Any, # number type
+    chunks: Sequence[int], # of the new array
+    *,
+    attributes: Mapping | None = None, # plain values
+    shards: Sequence[int] | None = None, # version 3 only: several chunks in one file, each a multiple of `chunks`
+) -> Any: # zarr array
+    "New zarr array with zstd and checksums, in the version of its group"
+    if group.metadata.zarr_format == 3:
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+        packers: Any = (ZstdCodec(level=3), Crc32cCodec())
+    else:
+        from numcodecs import Zstd
+        packers = (Zstd(level=3, checksum=True),)
+    extra = {"shards": tuple(shards)} if shards is not None else {}
+    return group.create_array(name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), compressors=packers,
+                              fill_value=0, attributes=dict(attributes or {}), **extra)
+
+def _fill(array: Any, vol: Volume) -> None:
+    "Copy a volume into an array, one row of chunks at a time"
+    lead = (slice(None),)*(len(vol.axes) - 3)
+    rows = (getattr(array, "shards", None) or array.chunks)[len(lead)]
+    for k in range(0, vol.shape[0], rows):
+        part = (*lead, slice(k, k + rows))
+        array[part] = np.asarray(vol.data[part])
+
+def _open_group(path: Path, version: int, attributes: Mapping) -> Any:
+    import zarr
+    return zarr.create_group(str(path), zarr_format=version, attributes=dict(attributes))
+
+def write_zarr(
+    vol: Volume, # any axes
+    path: str | os.PathLike, # new store, a folder ending in .zarr
+    on_exists: OnExists = "error", # what to do when `path` is there already
+    *,
+    chunks: int | Sequence[int] = 64, # of the spatial axes, stored order [voxel]
+    shards: Sequence[int] | None = None, # of the spatial axes, each a multiple of the chunk [voxel]
+    version: Literal[2, 3] = 3, # of the zarr format
+    name: str = "image", # of the array inside the store
+) -> Path: # `path`
+    "Write one array with its axes and affine, checksummed and all at once"
+    path = Path(path)
+    if not check_output(path, on_exists): return path
+    with atomic(path, folder=True) as t:
+        where = {"axes": list(vol.axes), "affine": vol.affine.tolist(), "affine_maps": "stored index to RAS+ mm"}
+        group = _open_group(t, version, {})
+        lead = (1,)*(len(vol.axes) - 3)
+        array = create_array(group, name, vol.data.shape, vol.dtype, _chunks_for(vol.data.shape, chunks),
+                             attributes=where, shards=None if shards is None else (*lead, *shards))
+        _fill(array, vol)
+    return path
+
+# %%
+#| export
+def downsample2(
+    data: np.ndarray, # (..., z, y, x) or any spatial order, the last three axes are halved
+    labels: bool = False, # keep one of the values instead of their mean
+) -> np.ndarray: # same dtype; odd sizes round up
+    "Next level of a pyramid: mean of 2 x 2 x 2 voxels, or their first for labels"
+    if labels: return data[..., ::2, ::2, ::2]
+    pad = [(0, 0)]*(data.ndim - 3) + [(0, n % 2) for n in data.shape[-3:]]
+    total = np.pad(data, pad, mode="edge").astype(np.float32 if data.dtype.itemsize < 8 else np.float64)
+    for axis in (-3, -2, -1):
+        a, b = ((slice(None),)*(total.ndim + axis) + (slice(k, None, 2),) for k in (0, 1))
+        total = total[a] + total[b]
+    total /= 8
+    return (np.round(total) if data.dtype.kind in "iu" else total).astype(data.dtype)
+
+def write_ome_zarr(
+    vol: Volume, # axes zyx or czyx, along the world axes (no rotation: the format has none)
+    path: str | os.PathLike, # new store, a folder ending in .zarr
+    on_exists: OnExists = "error", # what to do when `path` is there already
+    *,
+    version: Literal["0.4", "0.5"] = "0.5", # of OME-NGFF; 0.4 is zarr v2, 0.5 is zarr v3
+    levels: int = 3, # resolution levels, each half the size of the one before
+    labels: bool = False, # voxels are labels: never averaged
+    chunks: int | Sequence[int] = 64, # of the spatial axes [voxel]
+    unit: str = "millimeter", # unit the scales are written in
+) -> Path: # `path`
+    "Write a multiscale image that other OME-Zarr readers understand, checksummed and all at once"
+    path = Path(path)
+    if vol.spatial_axes != "zyx":
+        raise DataError(f"OME-Zarr holds zyx volumes, got {vol.axes}. Use to_axes(vol, 'zyx')")
+    if unit not in _TO_MM: raise DataError(f"unit: must be one of {sorted(_TO_MM)}, got {unit!r}")
+    if not np.allclose(vol.affine, affine_from(vol.spacing, vol.affine[:3, 3], "zyx"), atol=1e-6*max(vol.spacing)):
+        raise DataError("OME-Zarr has no rotations or flips: this volume's axes do not run along the world axes. "
+                        "Use reorient(vol, 'RAS') or resample_to first")
+    if not check_output(path, on_exists): return path
+    lead, mm = len(vol.axes) - 3, _TO_MM[unit]
+    sets, origin = [], vol.affine[:3, 3][::-1]
+    for k in range(levels):
+        scale = np.array(vol.spacing)*2**k
+        shift = origin + (0 if labels else 1)*np.array(vol.spacing)*(2**k - 1)/2
+        sets.append({"path": str(k), "coordinateTransformations": [
+            {"type": "scale", "scale": [1.0]*lead + (scale/mm).tolist()},
+            {"type": "translation", "translation": [0.0]*lead + (shift/mm).tolist()}]})
+    axes = [{"name": "c", "type": "channel"}]*lead + [{"name": a, "type": "space", "unit": unit} for a in "zyx"]
+    image = {"axes": axes, "datasets": sets, "name": path.stem, "type": "nearest" if labels else "mean"}
+    three = version == "0.5"
+    old = {"multiscales": [{**image, "version": "0.4"}]}
+    attributes = {"ome": {"version": "0.5", "multiscales": [image]}} if three else old
+    with atomic(path, folder=True) as t:
+        group = _open_group(t, 3 if three else 2, attributes)
+        current = vol
+        for k in range(levels):
+            array = create_array(group, str(k), current.data.shape, vol.dtype, _chunks_for(current.data.shape, chunks))
+            _fill(array, current)
+            if k + 1 < levels: current = replace(vol, data=downsample2(np.asarray(array[...]), labels))
+    return path
+
+# %%
+head = phantoms.head()
+place = affine_from(head.spacing[::-1], (-30, -40, 5), "zyx")
+brain = Volume(np.ascontiguousarray(head.img.transpose(2, 1, 0)), place, "zyx")
+with tmpdir() as d:
+    write_zarr(brain, d/"brain.zarr", chunks=32)
+    write_ome_zarr(brain, d/"pyramid.ome.zarr", version="0.4")
+    lazy = open_zarr(d/"brain.zarr")
+    levels = [open_zarr(d/"pyramid.ome.zarr", level=k).load() for k in range(3)]
+    loaded = lazy.load()
+    with raises(DataError, match="level 5 was asked for, it has 0 to 2"): open_zarr(d/"pyramid.ome.zarr", level=5)
+fig, axs = plt.subplots(1, 3, figsize=(7, 2.6))
+for ax, v in zip(axs, levels):
+    ax.imshow(v.data[v.shape[0]//2], cmap="gray", origin="lower")
+    ax.set_title(" x ".join(map(str, v.shape)))
+    ax.axis("off")
+type(lazy.data).__name__, loaded
+
+# %% [markdown]
+# All levels show the same place: the centre of the coarse volume is the centre of the fine one.
+
+# %%
+assert same_grid(loaded, brain) and np.array_equal(loaded.data, brain.data)
+middle = [to_world(v.affine, (np.array(v.shape) - 1)/2) for v in levels]
+assert close(middle[1], middle[0], 1e-5) and levels[0].axes == "zyx"
+
+# %% [markdown]
+# One flipped bit in any chunk is an error, not a different image:
+
+# %%
+with tmpdir() as d:
+    write_zarr(brain, d/"b.zarr", chunks=32)
+    chunk = max((p for p in (d/"b.zarr").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(chunk.read_bytes())
+    raw[len(raw)//2] ^= 4
+    chunk.write_bytes(raw)
+    with raises(ValueError, match="crc32c|checksum"): open_zarr(d/"b.zarr").load()
+
+# %% [markdown]
+# ## HDF5 and NumPy
+# HDF5 data sets get a Fletcher-32 checksum and gzip, which every HDF5 build reads. NumPy files hold numbers only:
+# pickled objects are refused, and there is no place in the world to be had from them.
+
+# %%
+#| export
+def open_hdf5(
+    path: str | os.PathLike, # 'file.h5', or 'file.h5::dataset' if it holds several
+) -> Volume: # data is in memory
+    "Read a volume from an HDF5 file"
+    import h5py
+    file, name = _split(path)
+    where = str(path)
+    if not file.exists(): raise MissingFile(f"{file} does not exist")
+    try: f = h5py.File(file, "r")
+    except OSError as e: raise FormatError(f"{where}: not a readable HDF5 file ({e})") from None
+    with f:
+        found: list[str] = []
+        f.visititems(lambda k, v: found.append(k) if isinstance(v, h5py.Dataset) and v.ndim in (3, 4) else None)
+        if not name and len(found) != 1:
+            raise DataError(f"{where} holds {len(found)} volumes ({', '.join(sorted(found)[:8]) or 'none'}). "
+                            f"Name one of them: {file}::{sorted(found)[0] if found else 'NAME'}")
+        name = name or found[0]
+        if name not in found:
+            raise MissingFile(f"{where}: no 3-D data set {name!r}, found {', '.join(sorted(found)[:8]) or 'none'}")
+        dataset = f[name]
+        attrs = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in {**f.attrs, **dataset.attrs}.items()}
+        if dataset.dtype.kind not in "biuf":
+            raise DataError(f"{where}: holds {dataset.dtype} values, only real numbers are supported")
+        axes, affine, notes = _place(attrs, dataset.ndim, where)
+        try: data = dataset[...]
+        except OSError as e: raise FormatError(f"{where}: damaged data ({e})") from None
+    return Volume(data, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes)}))
+
+def write_hdf5(
+    vol: Volume, # any axes
+    path: str | os.PathLike, # new file
+    on_exists: OnExists = "error", # what to do when `path` is there already
+    *,
+    name: str = "image", # of the data set
+    chunks: int | Sequence[int] = 64, # of the spatial axes [voxel]
+) -> Path: # `path`
+    "Write a volume to an HDF5 file with gzip and checksums, atomically"
+    import h5py
+    path = Path(path)
+    if not check_output(path, on_exists): return path
+    with atomic(path) as t, h5py.File(t, "w", track_order=False) as f:
+        dataset = f.create_dataset(name, vol.data.shape, vol.dtype, chunks=_chunks_for(vol.data.shape, chunks),
+                                   compression="gzip", compression_opts=1, shuffle=True, fletcher32=True,
+                                   track_times=False)
+        dataset.attrs["axes"], dataset.attrs["affine"] = vol.axes, vol.affine.ravel()
+        _fill(dataset, vol)
+    return path
+
+# %%
+#| export
+def read_numpy(
+    path: str | os.PathLike, # .npy file, or .npz file with the entry 'data' and optionally 'affine' and 'axes'
+) -> Volume: # data in memory
+    "Read a volume from a NumPy file; without an affine, 1 mm voxels are assumed"
+    path = Path(path)
+    if not path.exists(): raise MissingFile(f"{path} does not exist")
+    try: content = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e: raise FormatError(f"{path}: not a readable NumPy file ({e})") from None
+    packed = not isinstance(content, np.ndarray)
+    try:
+        if packed and "data" not in content: raise FormatError(f"{path}: has no entry 'data', found {sorted(content)}")
+        data = content["data"] if packed else content
+        attrs = {}
+        if packed and "affine" in content: attrs["affine"] = content["affine"]
+        axes = str(content["axes"]) if packed and "axes" in content else "cxyz"[-data.ndim:]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise FormatError(f"{path}: damaged ({e})") from None
+    if data.dtype.kind not in "biuf":
+        raise DataError(f"{path}: holds {data.dtype} values, only real numbers are supported")
+    if data.ndim not in (3, 4): raise DataError(f"{path}: {data.ndim} dimensions, a volume has 3, or 4 with channels")
+    axes, affine, notes = _place({**attrs, "axes": axes}, data.ndim, str(path))
+    return Volume(data, affine, axes, MappingProxyType({"path": str(path), "notes": tuple(notes)}))
+
+def write_numpy(
+    vol: Volume, # any axes
+    path: str | os.PathLike, # .npy (voxels only) or .npz (with affine and axes) file
+    on_exists: OnExists = "error", # what to do when `path` is there already
+) -> Path: # `path`
+    "Write a volume to a NumPy file, atomically"
+    path = Path(path)
+    if not check_output(path, on_exists): return path
+    with atomic(path) as t, open(t, "wb") as f:
+        if path.suffix == ".npz": np.savez(f, data=np.asarray(vol.data[...]), affine=vol.affine, axes=vol.axes)
+        else: np.save(f, np.asarray(vol.data[...]), allow_pickle=False)
+    return path
+
+# %%
+with tmpdir() as d:
+    write_hdf5(brain, d/"brain.h5")
+    write_numpy(brain, d/"brain.npz")
+    fromh5, fromnp = open_hdf5(d/"brain.h5"), read_numpy(d/"brain.npz")
+    np.save(d/"objects.npy", np.array([{}], dtype=object))
+    with raises(FormatError, match="not a readable NumPy file"): read_numpy(d/"objects.npy")
+    with raises(MissingFile, match="no 3-D data set 'raw', found image"): open_hdf5(f"{d}/brain.h5::raw")
+fromh5, fromnp
+
+# %%
+for v in (fromh5, fromnp): assert same_grid(v, brain) and v.axes == "zyx" and np.array_equal(v.data, brain.data)
