@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'OnExists', 'MedvolError', 'ConfigError', 'DataError', 'FormatError', 'MissingFile', 'OutputExists', 'DiskFull',
            'Locked', 'MissingExtra', 'raises', 'close', 'tmpdir', 'fingerprint', 'file_digest', 'seed_words', 'rng_for',
-           'check_output', 'remove_tree', 'sweep_temporary', 'atomic', 'human_bytes', 'human_time', 'lock',
+           'check_output', 'remove_tree', 'sweep_temporary', 'atomic', 'human_bytes', 'human_time', 'lock', 'Journal',
            'parse_json', 'read_json', 'plain', 'to_json', 'write_text', 'write_json', 'read_csv', 'write_csv', 'inside',
            'is_quiet', 'progress', 'optional']
 
@@ -323,6 +323,43 @@ def lock(
     else: raise Locked(f"{path}: could not take {file}, it changes hands all the time")
     try: yield file
     finally: file.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #Journal
+class Journal:
+    "Append-only text file that survives the death of its writer"
+    def __init__(
+        self,
+        path: str | os.PathLike, # file; created if absent, continued otherwise
+    ):
+        self.path, self._synced = Path(path), 0.0
+        self._file = open(self.path, "ab")
+        if self._file.tell():
+            with open(self.path, "rb") as f:
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n": self._file.write(b"\n")
+
+    def append(
+        self,
+        line: str, # text without a newline
+    ) -> None:
+        "Add one line"
+        self._file.write(line.encode("utf-8") + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > 1: self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        "Bring everything to disk and close the file"
+        if self._file.closed: return
+        self._file.flush()
+        self._sync()
+        self._file.close()
+
+    def __enter__(self) -> "Journal": return self
+    def __exit__(self, *exc) -> None: self.close()
 
 # %% ../nbs/00_core.ipynb #_read_text
 def _read_text(path: str | os.PathLike, max_bytes: int) -> str:

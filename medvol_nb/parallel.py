@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .core import (ConfigError, DataError, FormatError, MedvolError, OnExists, atomic, check_output,
+from .core import (ConfigError, DataError, FormatError, Journal, MedvolError, OnExists, atomic, check_output,
                             file_digest, fingerprint, lock, log, parse_json, plain, progress, to_json)
 
 # %% ../nbs/02_parallel.ipynb #cpu_count
@@ -213,7 +213,7 @@ class Ledger:
         self.params = fingerprint(params)
         self._records: dict[str, dict] = {}
         self._stack = contextlib.ExitStack()
-        self._on_exists, self._file = on_exists, None
+        self._on_exists = on_exists
 
     def __enter__(self) -> "Ledger":
         if self._on_exists != "skip": check_output(self.path, self._on_exists)
@@ -221,13 +221,13 @@ class Ledger:
             stack.enter_context(lock(self.path))
             if self._on_exists == "skip" and self.path.exists(): self._load()
             self._rewrite()
-            self._file = stack.enter_context(open(self.path, "ab"))
+            self._journal = stack.enter_context(Journal(self.path))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc) -> None:
         with self._stack:
-            self._file.close()
+            self._journal.close()
             self._rewrite()
 
     def _load(self) -> None:
@@ -253,9 +253,7 @@ class Ledger:
 
     def _append(self, record: dict) -> None:
         self._records[record["key"]] = record
-        self._file.write((to_json(record, None) + "\n").encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.append(to_json(record, None))
 
     def done(
         self,

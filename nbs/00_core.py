@@ -472,6 +472,61 @@ with tmpdir() as d:
 names
 
 # %% [markdown]
+# ## Journals
+# What is done must be remembered even if the process is killed the next moment. A journal is a text file that only
+# grows, a line at a time: each line reaches the system at once and the disk within a second. A line torn by a crash is
+# closed off, so that it can be recognised and dropped.
+
+# %%
+#| export
+class Journal:
+    "Append-only text file that survives the death of its writer"
+    def __init__(
+        self,
+        path: str | os.PathLike, # file; created if absent, continued otherwise
+    ):
+        self.path, self._synced = Path(path), 0.0
+        self._file = open(self.path, "ab")
+        if self._file.tell():
+            with open(self.path, "rb") as f:
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n": self._file.write(b"\n")
+
+    def append(
+        self,
+        line: str, # text without a newline
+    ) -> None:
+        "Add one line"
+        self._file.write(line.encode("utf-8") + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > 1: self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        "Bring everything to disk and close the file"
+        if self._file.closed: return
+        self._file.flush()
+        self._sync()
+        self._file.close()
+
+    def __enter__(self) -> "Journal": return self
+    def __exit__(self, *exc) -> None: self.close()
+
+# %%
+with tmpdir() as d:
+    with Journal(d/"done.txt") as j: j.append("case 1")
+    with open(d/"done.txt", "ab") as f: f.write(b"case 2, torn by a cra")
+    with Journal(d/"done.txt") as j: j.append("case 3")
+    lines = (d/"done.txt").read_text().splitlines()
+lines
+
+# %%
+assert lines == ["case 1", "case 2, torn by a cra", "case 3"]
+
+# %% [markdown]
 # ## Strict JSON and CSV
 # Python's JSON reader accepts `NaN`, keeps the last of two equal keys, and dies with a recursion error on a deeply
 # nested file. A data list is an input from outside, so `read_json` refuses all three, names the line, and reads no

@@ -328,8 +328,7 @@ assert middle["urinary bladder"][2] < middle["left kidney"][2] < middle["spleen"
 {name: [round(float(v)) for v in at] for name, at in middle.items()}
 
 # %% [markdown]
-# Patients differ, but not wildly: over seeds the liver of this population has between one and two litres, and no two
-# are alike.
+# Patients differ, but not wildly: over seeds the liver of this population has about one litre, and no two are alike.
 
 # %%
 litres = [float((p.lbl == 1).sum()*np.prod(p.spacing)/1e6) for p in (abdomen((32, 24, 28), seed=s) for s in range(6))]

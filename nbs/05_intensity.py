@@ -186,9 +186,11 @@ class Statistics:
         order = np.argsort(low, kind="stable")
         count = np.r_[self._whole[whole], self._float[key]][order]
         end = np.cumsum(count)
-        if end[-1] != self.n: raise DataError("percentile: some volumes were added with histogram=False")
+        if not end.size or end[-1] != self.n:
+            raise DataError("percentile: some volumes were added with histogram=False")
 
         def ranked(k: int) -> float:
+            if k in (0, self.n - 1): return self.min if k == 0 else self.max
             j = int(np.searchsorted(end, k, side="right"))
             part = (k - (end[j] - count[j]) + 0.5)/count[j]
             return low[order[j]] + (high[order[j]] - low[order[j]])*part
@@ -225,7 +227,7 @@ def _checked(vol: Any, nonfinite: str) -> np.ndarray:
         raise DataError(f"intensity: a NumPy array is needed, got {type(vol).__module__}.{type(vol).__name__}")
     vol = np.asarray(vol)
     if vol.dtype.kind not in "buif": raise DataError(f"intensity: real numbers are needed, got dtype {vol.dtype}")
-    if vol.dtype.kind != "f": return vol
+    if vol.dtype.kind != "f": return vol.astype(np.uint8) if vol.dtype == bool else vol
     bad = ~np.isfinite(vol)
     if vol.dtype.itemsize > 4: bad |= np.abs(vol) > np.finfo(np.float32).max
     if not bad.any(): return vol

@@ -454,6 +454,11 @@ def _named(values: Any, what: str) -> dict[str, Any]:
         raise DataError(f"{what}: needs a dictionary with at least one entry, got {values!r}")
     return {str(k): v for k, v in values.items()}
 
+def _ink(k: int) -> np.ndarray:
+    "Colour of a label, dark enough for a thin line on white"
+    colour = label_colours([k])[0]
+    return colour*min(1.0, 0.5/max(colour @ (0.3, 0.6, 0.1), 0.01))
+
 def _chart(width: float, height: float, title: str, xlabel: str, ylabel: str) -> tuple["Figure", Any]:
     "Figure with one plain pair of axes"
     fig = _picture(width, height, layout="constrained")
@@ -484,7 +489,7 @@ def curves(
         x = np.asarray(line[0], np.float64) if pair else np.arange(y.size)
         if y.ndim != 1 or x.shape != y.shape:
             raise DataError(f"curves: {name!r} must be (n,) values or two of them (x, y), got {x.shape} and {y.shape}")
-        ax.plot(x, y, color=label_colours([k])[0]*0.85, lw=1.4, marker="o" if y.size < 2 else None, ms=3, label=name)
+        ax.plot(x, y, color=_ink(k), lw=1.4, marker="o" if y.size < 2 else None, ms=3, label=name)
     if logx: ax.set_xscale("log", nonpositive="mask")
     if logy: ax.set_yscale("log", nonpositive="mask")
     ax.grid(alpha=0.25, lw=0.5)
@@ -570,7 +575,7 @@ def histograms(
     for k, (name, v) in enumerate(finite.items(), 1):
         share = np.histogram(v, edges)[0]/max(v.size, 1)
         lost = given[name].size - v.size
-        colour = label_colours([k])[0]*0.85
+        colour = _ink(k)
         ax.stairs(share, edges, color=colour, lw=1.3, label=f"{name} ({lost:,} not finite)" if lost else name)
         ax.stairs(share, edges, color=colour, fill=True, alpha=0.12)
     if log and filled: ax.set_yscale("log", nonpositive="mask")
