@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import (ConfigError, DataError, FormatError, MissingFile, OnExists, atomic, check_output, human_bytes,
-                            log, plain, seed_words)
+from .core import (ConfigError, DataError, FormatError, MissingFile, OnExists, atomic, check_output, log,
+                            plain, seed_words)
 
 # %% ../nbs/08_checkpoints.ipynb #Precision
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -192,7 +192,7 @@ class WeightReport:
 
 def load_weights(
     model: nn.Module, # takes the weights, in place
-    weights: Mapping[str, torch.Tensor], # name -> tensor
+    weights: Mapping[str, torch.Tensor], # n-d arrays by name
     strict: bool = True, # every tensor must fit; False loads those that do
 ) -> WeightReport: # what happened
     "Load weights by name and say exactly what did not fit"
@@ -200,11 +200,12 @@ def load_weights(
     short = lambda names: ", ".join(list(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     changed = {k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape}
     fits = [k for k in own if k in weights and k not in changed]
-    report = WeightReport(tuple(fits), tuple(k for k in own if k not in weights), tuple(k for k in weights if k not in own),
-                          tuple(f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in own if k in changed))
+    shapes = (f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in own if k in changed)
+    report = WeightReport(tuple(fits), tuple(k for k in own if k not in weights),
+                          tuple(k for k in weights if k not in own), tuple(shapes))
     if strict and (report.missing or report.unexpected or report.changed):
-        parts = [f"{len(names)} {what}: {short(names)}" for what, names in
-                 (("missing", report.missing), ("unexpected", report.unexpected), ("changed in shape", report.changed)) if names]
+        lists = (("missing", report.missing), ("unexpected", report.unexpected), ("changed in shape", report.changed))
+        parts = [f"{len(names)} {what}: {short(names)}" for what, names in lists if names]
         raise DataError("weights do not fit the model: " + "; ".join(parts))
     model.load_state_dict({k: weights[k] for k in fits}, strict=False)
     return report
@@ -214,8 +215,8 @@ def load_weights(
 class Converter:
     "How to recognise and rename the weights of another tool"
     name: str # shown in messages
-    fits: Callable[[Mapping[str, torch.Tensor]], bool] # looks at names and shapes
-    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] # renames and reshapes
+    fits: Callable[[Mapping[str, torch.Tensor]], bool] # looks at the names and shapes of n-d arrays
+    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] # renames and reshapes n-d arrays
 
 def load_foreign(
     path: str | os.PathLike, # .safetensors, .pth, .pt, .ckpt or .bin file with weights
@@ -233,15 +234,15 @@ def load_foreign(
     else:
         try: weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, nothing that "
-                              f"runs code ({str(e).splitlines()[0][:120]})") from None
+            raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, "
+                              f"nothing that runs code ({str(e).splitlines()[0][:120]})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping): weights = weights[key]
-    if not isinstance(weights, Mapping) or not all(isinstance(v, torch.Tensor) for v in weights.values()) or not weights:
+    if not isinstance(weights, Mapping) or not weights or any(not isinstance(v, torch.Tensor) for v in weights.values()):
         raise FormatError(f"{path}: holds no table of tensors")
     weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if not converters: return weights
     for c in converters:
         if c.fits(weights): return c.convert(weights)
-    raise FormatError(f"{path}: layout not recognised. Known: {', '.join(c.name for c in converters)}; first names in the file: "
-                      f"{', '.join(list(weights)[:4])}")
+    known, first = ", ".join(c.name for c in converters), ", ".join(list(weights)[:4])
+    raise FormatError(f"{path}: layout not recognised. Known: {known}; first names in the file: {first}")

@@ -45,7 +45,12 @@ class Failure:
 
 class BatchError(MedvolError, RuntimeError):
     "Some items of a job failed; the others finished"
-    def __init__(self, failures: Sequence[Failure], values: Sequence[Any], total: int):
+    def __init__(
+        self,
+        failures: Sequence[Failure], # what failed, in the order of items
+        values: Sequence[Any], # results in the order of items, None where there is none
+        total: int, # number of items
+    ):
         self.failures, self.values, self.total = list(failures), list(values), total
         lines = [f"{f.key}: {f.error}" for f in self.failures]
         shown = "\n  ".join(lines[:10] + ([f"... and {len(lines) - 10} more"] if len(lines) > 10 else []))

@@ -49,7 +49,7 @@ def label_colours(
 
 # %% ../nbs/07_plot.ipynb #window_limits
 def window_limits(
-    img: np.ndarray, # any shape, any numeric dtype; NaN and infinities do not count
+    img: np.ndarray, # n-d, any numeric dtype; NaN and infinities do not count
     percentiles: tuple[float, float] = (0.5, 99.5), # lower and upper, 0...100
 ) -> tuple[float, float]: # (low, high), always finite and low < high
     "Display range that survives outliers, NaN and constant images"
@@ -365,7 +365,7 @@ def bars(
 
 # %% ../nbs/07_plot.ipynb #histograms
 def histograms(
-    arrays: Mapping[str, np.ndarray], # name -> values of any shape; NaN and infinities do not count
+    arrays: Mapping[str, np.ndarray], # name -> array of values, any shape; NaN and infinities do not count
     bins: int = 80, # number of intervals, common to all
     *,
     limits: tuple[float, float] | None = None, # range of the horizontal axis; default: smallest to largest value

@@ -231,10 +231,6 @@ def _fill(array: Any, vol: Volume) -> None:
         part = (*lead, slice(k, k + rows))
         array[part] = np.asarray(vol.data[part])
 
-def _open_group(path: Path, version: int, attributes: Mapping) -> Any:
-    import zarr
-    return zarr.create_group(str(path), zarr_format=version, attributes=dict(attributes))
-
 def write_zarr(
     vol: Volume, # any axes
     path: str | os.PathLike, # new store, a folder ending in .zarr
@@ -248,9 +244,10 @@ def write_zarr(
     "Write one array with its axes and affine, checksummed and all at once"
     path = Path(path)
     if not check_output(path, on_exists): return path
+    import zarr
     with atomic(path, folder=True) as t:
         where = {"axes": list(vol.axes), "affine": vol.affine.tolist(), "affine_maps": "stored index to RAS+ mm"}
-        group = _open_group(t, version, {})
+        group = zarr.create_group(str(t), zarr_format=version)
         lead = (1,)*(len(vol.axes) - 3)
         array = create_array(group, name, vol.data.shape, vol.dtype, _chunks_for(vol.data.shape, chunks),
                              attributes=where, shards=None if shards is None else (*lead, *shards))
@@ -306,8 +303,9 @@ def write_ome_zarr(
     three = version == "0.5"
     old = {"multiscales": [{**image, "version": "0.4"}]}
     attributes = {"ome": {"version": "0.5", "multiscales": [image]}} if three else old
+    import zarr
     with atomic(path, folder=True) as t:
-        group = _open_group(t, 3 if three else 2, attributes)
+        group = zarr.create_group(str(t), zarr_format=3 if three else 2, attributes=attributes)
         current = vol
         for k in range(levels):
             array = create_array(group, str(k), current.data.shape, vol.dtype, _chunks_for(current.data.shape, chunks))

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, atomic, check_output, human_bytes,
-                            log, plain, seed_words)
+from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, atomic, check_output, log,
+                            plain, seed_words)
 
 # %%
 import pickle
 
-from medvol_nb.core import raises, tmpdir
+from medvol_nb.core import human_bytes, raises, tmpdir
 
 # %% [markdown]
 # ## Where to compute
@@ -204,7 +204,7 @@ model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 optimizer = torch.optim.AdamW(model.parameters())
 model(torch.rand(5, 4)).sum().backward()
 optimizer.step()
-state = {"step": 7, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "shape": (3, 4), "best": float("inf")}
+state = {"step": 7, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "shape": (3, 4), "best": np.inf}
 with tmpdir() as d:
     save_checkpoint(d/"a.safetensors", state)
     back, size = load_checkpoint(d/"a.safetensors"), (d/"a.safetensors").stat().st_size
@@ -281,7 +281,7 @@ class WeightReport:
 
 def load_weights(
     model: nn.Module, # takes the weights, in place
-    weights: Mapping[str, torch.Tensor], # name -> tensor
+    weights: Mapping[str, torch.Tensor], # n-d arrays by name
     strict: bool = True, # every tensor must fit; False loads those that do
 ) -> WeightReport: # what happened
     "Load weights by name and say exactly what did not fit"
@@ -289,18 +289,19 @@ def load_weights(
     short = lambda names: ", ".join(list(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     changed = {k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape}
     fits = [k for k in own if k in weights and k not in changed]
-    report = WeightReport(tuple(fits), tuple(k for k in own if k not in weights), tuple(k for k in weights if k not in own),
-                          tuple(f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in own if k in changed))
+    shapes = (f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in own if k in changed)
+    report = WeightReport(tuple(fits), tuple(k for k in own if k not in weights),
+                          tuple(k for k in weights if k not in own), tuple(shapes))
     if strict and (report.missing or report.unexpected or report.changed):
-        parts = [f"{len(names)} {what}: {short(names)}" for what, names in
-                 (("missing", report.missing), ("unexpected", report.unexpected), ("changed in shape", report.changed)) if names]
+        lists = (("missing", report.missing), ("unexpected", report.unexpected), ("changed in shape", report.changed))
+        parts = [f"{len(names)} {what}: {short(names)}" for what, names in lists if names]
         raise DataError("weights do not fit the model: " + "; ".join(parts))
     model.load_state_dict({k: weights[k] for k in fits}, strict=False)
     return report
 
 # %%
 other = nn.Sequential(nn.Linear(5, 3), nn.Identity(), nn.Linear(3, 1))
-with raises(DataError, match=r"2 missing: 2.weight, 2.bias; 5 unexpected: .*; 1 changed in shape: 0.weight \(3, 4\) -> \(3, 5\)"):
+with raises(DataError, match=r"2 missing: 2.weight, 2.bias; 5 unexpected: .*; 1 changed in shape: 0.weight \(3, 4\)"):
     load_weights(other, model.state_dict())
 load_weights(other, model.state_dict(), strict=False).loaded
 
@@ -316,8 +317,8 @@ load_weights(other, model.state_dict(), strict=False).loaded
 class Converter:
     "How to recognise and rename the weights of another tool"
     name: str # shown in messages
-    fits: Callable[[Mapping[str, torch.Tensor]], bool] # looks at names and shapes
-    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] # renames and reshapes
+    fits: Callable[[Mapping[str, torch.Tensor]], bool] # looks at the names and shapes of n-d arrays
+    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] # renames and reshapes n-d arrays
 
 def load_foreign(
     path: str | os.PathLike, # .safetensors, .pth, .pt, .ckpt or .bin file with weights
@@ -335,18 +336,18 @@ def load_foreign(
     else:
         try: weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, nothing that "
-                              f"runs code ({str(e).splitlines()[0][:120]})") from None
+            raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, "
+                              f"nothing that runs code ({str(e).splitlines()[0][:120]})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping): weights = weights[key]
-    if not isinstance(weights, Mapping) or not all(isinstance(v, torch.Tensor) for v in weights.values()) or not weights:
+    if not isinstance(weights, Mapping) or not weights or any(not isinstance(v, torch.Tensor) for v in weights.values()):
         raise FormatError(f"{path}: holds no table of tensors")
     weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if not converters: return weights
     for c in converters:
         if c.fits(weights): return c.convert(weights)
-    raise FormatError(f"{path}: layout not recognised. Known: {', '.join(c.name for c in converters)}; first names in the file: "
-                      f"{', '.join(list(weights)[:4])}")
+    known, first = ", ".join(c.name for c in converters), ", ".join(list(weights)[:4])
+    raise FormatError(f"{path}: layout not recognised. Known: {known}; first names in the file: {first}")
 
 # %%
 class Canary:
