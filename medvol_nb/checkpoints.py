@@ -238,7 +238,8 @@ def load_foreign(
                               f"nothing that runs code ({str(e).splitlines()[0][:120]})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping): weights = weights[key]
-    if not isinstance(weights, Mapping) or not weights or any(not isinstance(v, torch.Tensor) for v in weights.values()):
+    tensors = isinstance(weights, Mapping) and all(isinstance(v, torch.Tensor) for v in weights.values())
+    if not tensors or not weights:
         raise FormatError(f"{path}: holds no table of tensors")
     weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if not converters: return weights

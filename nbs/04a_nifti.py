@@ -160,10 +160,10 @@ def parse_nifti_header(
 # %%
 #| export
 MAX_BYTES = int(os.environ.get("MEDVOL_MAX_BYTES", 16*2**30)) # largest array read from one file [byte]
-_BLOCK = 1 << 20
+_BLOCK = 1 << 17 # small enough that packed and unpacked block stay in the cache [byte]
 _SLACK = 1 << 16 # bytes after the voxels that are tolerated
 
-def _members(f: Any, where: str, max_out: int = 1 << 22) -> Iterator[bytes]:
+def _members(f: Any, where: str, max_out: int = 1 << 18) -> Iterator[bytes]:
     "Blocks of the decompressed stream of an open gzip file; ends only after the last checksum was verified"
     raw, member = f.read(_BLOCK), 0
     if not raw: _fail(where, "is empty")

@@ -74,7 +74,7 @@ class Batches:
     "Batches of a dataset in an order that depends on seed, epoch and position alone"
     def __init__(
         self,
-        dataset: Any, # has len() and either dataset[i] or dataset.draw(i, rng), returning arrays, tensors or dicts of them
+        dataset: Any, # has len() and either dataset[i] or dataset.draw(i, rng): arrays, tensors or dicts of them
         batch_size: int = 1, # items a step, in each process
         *,
         seed: int = 0, # names the order and the draws
@@ -390,7 +390,8 @@ def _accelerator(cfg: FitConfig) -> Any:
     GradientState._reset_state()
     device = device_for(cfg.device)
     if device.type == "cuda": torch.cuda.set_device(device)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision), cpu=device.type == "cpu")
+    mixed = "no" if cfg.precision == "fp32" else cfg.precision
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
     if not several and accelerator.device != device: PartialState().device = device
     return accelerator
 
@@ -489,8 +490,8 @@ class _Run:
         log.warning("step %d left out: the loss is not finite for items %s", s.step, shown)
         if s.skips > self.cfg.max_skips:
             self.save()
-            raise NonFiniteLoss(f"the loss is not finite for items {shown} at step {s.step}, after {self.cfg.max_skips} "
-                                f"steps that were left out for the same reason. The checkpoint from before is in "
+            raise NonFiniteLoss(f"the loss is not finite for items {shown} at step {s.step}; {self.cfg.max_skips} "
+                                f"steps were left out for the same reason. The checkpoint from before is in "
                                 f"{self.folder}. Look at these items, lower lr, or set clip_norm")
 
     # ---- validation

@@ -313,6 +313,19 @@ with raises(ConfigError, match="Did you mean 'scse'"): excite_layer("scs", 8)
 
 # %%
 #| export
+class _Average(nn.Module):
+    "Mean of blocks of `stride` voxels; the last block of an axis takes what is left"
+    def __init__(self, stride: tuple[int, ...]):
+        super().__init__()
+        self.stride = stride
+
+    def extra_repr(self) -> str: return f"stride={self.stride}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pool = F.avg_pool2d if len(self.stride) == 2 else F.avg_pool3d
+        size = tuple(min(s, n) for s, n in zip(self.stride, x.shape[2:]))
+        return pool(x, size, size, ceil_mode=True, count_include_pad=False) # (b, c, *ceil(n/stride))
+
 def shortcut(
     c_in: int, # input channels
     c_out: int, # output channels
@@ -326,7 +339,7 @@ def shortcut(
     _one_of("shortcut", kind, ("pool", "conv"))
     layers, strided = [], max(stride) > 1
     if kind == "pool" and strided:
-        layers.append(("pool", _class("AvgPool", dims)(stride, stride, ceil_mode=True, count_include_pad=False)))
+        layers.append(("pool", _Average(stride)))
     if c_in != c_out or (kind == "conv" and strided):
         step = stride if kind == "conv" else 1
         layers.append(("conv", ConvBlock(c_in, c_out, dims=dims, kernel=1, stride=step, norm=norm, order="cn")))
@@ -465,8 +478,8 @@ def match_size(
     size = tuple(size)
     if tuple(x.shape[2:]) == size: return x
     if _one_of("fit", how, ("error", "fit")) == "error":
-        raise DataError(f"size {tuple(x.shape[2:])} does not match the skip's {size}: the input must be divisible by the "
-                        "product of the strides on each axis. Pad the input, or build with fit='fit'")
+        raise DataError(f"size {tuple(x.shape[2:])} does not match the skip's {size}: the input must be divisible by "
+                        "the product of the strides on each axis. Pad the input, or build with fit='fit'")
     x = x[(slice(None), slice(None), *(slice(n) for n in size))]
     lacking = [n - m for n, m in zip(size, x.shape[2:])]
     return F.pad(x, [v for n in reversed(lacking) for v in (0, n)], mode="replicate") if any(lacking) else x

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from medvol_nb.core import ConfigError, DataError, fingerprint, rng_for
 from medvol_nb.intensity import Line, Normalizer, Statistics, apply_line, dataset_statistics, window_range
 
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
 SPECS = ["identity", "scale", "ct:-1000,1000", "ct:-1024,3071,-50,205", "window:40,400", "minmax", "minmax:-1,1",
          "minmax:nonzero", "percentile:0.5,99.5", "percentile:2,98,0,255,nonzero", "zscore", "zscore:nonzero",
          "zscore:nonzero,nonfinite=zero", "dataset", "dataset:nonzero"]
