@@ -12,9 +12,12 @@ __all__ = ['log', 'OnExists', 'MedvolError', 'ConfigError', 'DataError', 'Format
 # %% ../nbs/00_core.ipynb #imports
 import contextlib
 import csv
+import ctypes
 import errno
+import fcntl
 import hashlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -165,6 +168,7 @@ def check_output(
     if on_exists not in ("error", "skip", "overwrite"):
         raise ConfigError(f"on_exists: must be 'error', 'skip' or 'overwrite', got {on_exists!r}")
     if "\0" in str(path): raise OutputExists(f"output {str(path)!r}: the name holds a NUL byte")
+    if path.name in ("", ".."): raise OutputExists(f"output {str(path)!r}: does not name a file or folder to be made")
     parent = path.parent
     if not parent.exists():
         raise MissingFile(f"output {path}: folder {parent} does not exist. Create it: mkdir -p '{parent}'")
@@ -172,8 +176,9 @@ def check_output(
     if path.is_symlink():
         raise OutputExists(f"output {path} is a symbolic link to {os.readlink(path)}. Name the real place instead")
     for i in inputs:
-        if os.path.realpath(i) == os.path.realpath(path):
-            raise OutputExists(f"output {path} is also an input of this job. Inputs are never overwritten")
+        real = os.path.realpath(path)
+        if os.path.realpath(i) == real or (on_exists == "overwrite" and os.path.realpath(i).startswith(real + os.sep)):
+            raise OutputExists(f"output {path} is also an input of this job, or holds one. Inputs are never overwritten")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputExists(f"output {path}: no permission to write in {parent}")
     if not path.exists(): return True
@@ -226,7 +231,8 @@ def sweep_temporary(
     swept = []
     for p in Path(folder).glob(f"{_TEMP}*"):
         owner = re.match(rf"{re.escape(_TEMP)}[0-9a-f]{{8}}-([0-9a-f]{{6}}-\d+-\d+)-", p.name)
-        if owner and _is_dead(owner[1]): remove_tree(p); swept.append(p.name)
+        if not owner or not _is_dead(owner[1]): continue
+        with contextlib.suppress(OSError): remove_tree(p); swept.append(p.name) # another process may be sweeping, too
     return sorted(swept)
 
 # %% ../nbs/00_core.ipynb #_fsync
@@ -237,21 +243,39 @@ def _fsync(path: Path) -> None:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
     finally: os.close(fd)
 
+def _exchange(a: Path, b: Path) -> bool:
+    "Swap two names in one step; False where the system cannot (only Linux can, on most file systems)"
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return swap is not None and swap(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+
 def _publish(temp: Path, path: Path, sync: bool) -> None:
     "Move the finished `temp` to its final name and make the move durable"
     if temp.is_dir():
         if sync:
-            for p in sorted(temp.rglob("*")):
+            for p in [*sorted(temp.rglob("*")), temp]:
                 if not p.is_symlink(): _fsync(p)
-        old = None
-        if path.exists(): old = _temp_for(path); os.rename(path, old)
-        os.rename(temp, path)
-        if old is not None: remove_tree(old)
+        if not path.exists(): os.rename(temp, path)
+        elif _exchange(temp, path): remove_tree(temp)
+        else:
+            old = _temp_for(path)
+            os.rename(path, old)
+            os.rename(temp, path)
+            remove_tree(old)
     else:
-        if path.is_dir(): raise OutputExists(f"output {path} is a folder, a file was to be written there")
         if sync: _fsync(temp)
         os.replace(temp, path)
     if sync: _fsync(path.parent)
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+def _full(e: Exception) -> int:
+    "Error number if `e` means that there is no room, in the words of Python, HDF5, Rust or NumPy; 0 otherwise"
+    if isinstance(e, MedvolError): return 0
+    if isinstance(e, OSError) and e.errno is not None: return e.errno if e.errno in _FULL else 0
+    said = re.search(r"(?:errno =|os error) (\d+)|requested and \d+ written", str(e))
+    code = int(said[1] or errno.ENOSPC) if said else 0
+    return code if code in _FULL else 0
 
 @contextlib.contextmanager
 def atomic(
@@ -264,6 +288,9 @@ def atomic(
     "Write so that readers and crashes see the old output or the new one, never a part"
     path = Path(path)
     check_output(path, on_exists)
+    if path.exists() and path.is_dir() != folder:
+        there, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise OutputExists(f"output {path} is a {there}, a {wanted} was to be written there. Choose another name")
     sweep_temporary(path.parent)
     temp = _temp_for(path)
     try:
@@ -271,12 +298,12 @@ def atomic(
         yield temp
         if not temp.exists(): raise MedvolError(f"nothing was written for {path}")
         _publish(temp, path, sync)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(e, MedvolError): raise
+    except Exception as e:
+        if not (code := _full(e)): raise
         done = sum(p.stat().st_size for p in ([temp, *temp.rglob("*")] if temp.exists() else []) if p.is_file())
         free = shutil.disk_usage(path.parent).free
-        raise DiskFull(e.errno, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free "
-                       f"({e.strerror}). What was there before is intact; free some space and run again") from e
+        raise DiskFull(code, f"no room for {path}: stopped after {human_bytes(done)}, {human_bytes(free)} free "
+                       f"({os.strerror(code)}). What was there before is intact; free some space and run again") from e
     finally:
         if temp.exists(): remove_tree(temp)
 
@@ -299,7 +326,21 @@ def human_time(
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {s:02d} s" if minutes else f"{s} s"
 
-# %% ../nbs/00_core.ipynb #lock
+# %% ../nbs/00_core.ipynb #_owner
+def _owner(file: Path) -> str: return file.read_text(encoding="utf-8", errors="replace")
+
+def _break_dead(file: Path) -> bool:
+    "Remove the lock of a dead owner; looking and removing is one step, or two breakers would remove a living lock"
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError): fcntl.flock(folder, fcntl.LOCK_EX) # not every network file system can
+        with contextlib.suppress(FileNotFoundError):
+            owner = _owner(file)
+            if not re.fullmatch(r"[0-9a-f]{6}-\d+-\d+", owner) or not _is_dead(owner): return False
+            file.unlink()
+        return True
+    finally: os.close(folder)
+
 @contextlib.contextmanager
 def lock(
     path: str | os.PathLike, # the output that is being worked on; the lock is its sibling '<name>.lock'
@@ -307,6 +348,7 @@ def lock(
     "Hold `path` for this process alone; the lock of a dead process is broken, a live one raises `Locked`"
     file = Path(path).with_name(Path(path).name + ".lock")
     mine = f"{_host()}-{_process_token()}"
+    check_output(file, "overwrite")
     for _ in range(20):
         temp = _temp_for(file)
         temp.write_text(mine)
@@ -314,9 +356,9 @@ def lock(
             os.link(temp, file)
             break
         except FileExistsError:
-            try: owner = file.read_text()
+            if _break_dead(file): continue
+            try: owner = _owner(file)
             except FileNotFoundError: continue
-            if re.fullmatch(r"[0-9a-f]{6}-\d+-\d+", owner) and _is_dead(owner): file.unlink(missing_ok=True); continue
             raise Locked(f"{path} is in use by another process (owner {owner}). Wait for it; if it ran on a machine "
                          f"that is gone, remove {file}") from None
         finally: temp.unlink(missing_ok=True)
@@ -331,8 +373,8 @@ class Journal:
         self,
         path: str | os.PathLike, # file; created if absent, continued otherwise
     ):
-        self.path, self._synced = Path(path), 0.0
-        self._file = open(self.path, "ab")
+        self.path, self._synced, self._torn = Path(path), 0.0, False
+        self._file = open(self.path, "ab", buffering=0)
         if self._file.tell():
             with open(self.path, "rb") as f:
                 f.seek(-1, os.SEEK_END)
@@ -343,8 +385,15 @@ class Journal:
         line: str, # text without a newline
     ) -> None:
         "Add one line"
-        self._file.write(line.encode("utf-8") + b"\n")
-        self._file.flush()
+        rest = memoryview((b"\n" if self._torn else b"") + line.encode("utf-8") + b"\n")
+        try:
+            self._torn = True
+            while rest: rest = rest[self._file.write(rest):]
+            self._torn = False
+        except OSError as e:
+            if not (code := _full(e)): raise
+            raise DiskFull(code, f"no room to go on with {self.path} ({os.strerror(code)}). What is recorded there is "
+                           "intact; free some space and run again") from e
         if time.monotonic() - self._synced > 1: self._sync()
 
     def _sync(self) -> None:
@@ -354,7 +403,6 @@ class Journal:
     def close(self) -> None:
         "Bring everything to disk and close the file"
         if self._file.closed: return
-        self._file.flush()
         self._sync()
         self._file.close()
 
@@ -384,12 +432,17 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> None: raise ValueError(f"{name} is not a JSON number")
 
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)): raise ValueError(f"{text} is beyond the range of floating point numbers")
+    return value
+
 def parse_json(
     text: str, # JSON document
     where: str = "JSON", # name used in errors
 ) -> Any: # plain values
     "Parse strict JSON: duplicate keys, NaN and Infinity are errors"
-    try: return json.loads(text.lstrip("\ufeff"), object_pairs_hook=_pairs, parse_constant=_constant)
+    try: return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_pairs, parse_constant=_constant,
+                           parse_float=_finite)
     except json.JSONDecodeError as e:
         raise FormatError(f"{where}, line {e.lineno}, column {e.colno}: {e.msg}") from None
     except RecursionError: raise FormatError(f"{where}: nested too deeply") from None
@@ -409,7 +462,10 @@ def plain(
     "Turn a value into what JSON can hold, exactly or not at all"
     if hasattr(obj, "model_dump"): return obj.model_dump(mode="json")
     if hasattr(obj, "__dataclass_fields__"): return {k: plain(getattr(obj, k)) for k in obj.__dataclass_fields__}
-    if isinstance(obj, Mapping): return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, Mapping):
+        out = {str(k): plain(v) for k, v in obj.items()}
+        if len(out) < len(obj): raise TypeError(f"keys {list(obj)[:8]} are not distinct as JSON strings")
+        return out
     if isinstance(obj, (set, frozenset)): return sorted(plain(v) for v in obj)
     if isinstance(obj, (list, tuple)): return [plain(v) for v in obj]
     if isinstance(obj, np.ndarray): return plain(obj.tolist())
@@ -423,7 +479,10 @@ def to_json(
     indent: int | None = 2, # spaces a level; None for one line
 ) -> str: # ends without a newline
     "JSON text of a value, the same bytes for the same value"
-    try: return json.dumps(plain(obj), indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(plain(obj), indent=indent, ensure_ascii=False, allow_nan=False)
+        if not re.search("[\ud800-\udfff]", text): return text
+        return json.dumps(plain(obj), indent=indent, allow_nan=False) # file names that are not UTF-8 need escapes
     except ValueError as e: raise DataError(f"not written as JSON, which has no NaN or Infinity: {e}") from None
 
 def write_text(
@@ -454,7 +513,7 @@ def read_csv(
     "Read a CSV table with a header; short, long and unnamed rows are errors with their line"
     text = _read_text(path, max_bytes)
     if "\0" in text: raise FormatError(f"{path}: holds NUL bytes, this is not a text table")
-    reader = csv.reader(text.splitlines(), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try: header = [h.strip() for h in next(reader)]
     except StopIteration: raise FormatError(f"{path}: empty, a header line is needed") from None
     except csv.Error as e: raise FormatError(f"{path}, line 1: {e}") from None
@@ -480,9 +539,12 @@ def write_csv(
     "Write a CSV table atomically"
     rows = list(rows)
     columns = list(columns if columns is not None else rows[0] if rows else ())
+    texts = [str(v) for row in [columns, *(r.values() for r in rows)] for v in row]
+    if any("\0" in t for t in texts): raise DataError(f"{path}: a text with a NUL byte cannot be written as CSV")
+    quoting = csv.QUOTE_ALL if any("\r" in t for t in texts) else csv.QUOTE_MINIMAL # a bare \r is not quoted otherwise
     if not check_output(path, on_exists): return Path(path)
     with atomic(path) as t, open(t, "w", newline="", encoding="utf-8") as f:
-        w = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="raise")
+        w = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="raise", quoting=quoting)
         w.writeheader()
         w.writerows(rows)
     return Path(path)
@@ -535,11 +597,12 @@ def progress(
         from tqdm.auto import tqdm
         yield from tqdm(iterable, desc=desc, total=total, unit=unit, leave=False)
     else:
-        start, told = time.monotonic(), 0
+        start = last = time.monotonic()
+        told = 0
         for n, item in enumerate(iterable, 1):
             yield item
-            if total and n*10//total > told:
-                told = n*10//total
+            if total and n*10//total > told and time.monotonic() - last > 1:
+                told, last = n*10//total, time.monotonic()
                 log.info("%s: %d of %d %s, %s", desc, n, total, unit, human_time(time.monotonic() - start))
 
 def optional(

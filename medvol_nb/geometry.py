@@ -175,7 +175,14 @@ def same_grid(
     "Whether voxel (i, j, k) of both volumes is the same place"
     return a.shape == b.shape and corner_displacement(a, b) <= tolerance
 
-# %% ../nbs/04_geometry.ipynb #crop
+# %% ../nbs/04_geometry.ipynb #_checked_fill
+def _checked_fill(fill: float, dtype: np.dtype) -> float:
+    "`fill`, if `dtype` can hold it; an integer type would wrap it silently"
+    if dtype.kind in "biu":
+        lo, hi = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if not lo <= fill <= hi or fill != int(fill): raise DataError(f"fill: {dtype} voxels cannot hold {fill}")
+    return fill
+
 def crop(
     vol: Volume, # any volume
     start: Sequence[int], # first voxel in stored order, may be negative
@@ -186,7 +193,7 @@ def crop(
     start, size = [int(s) for s in start], [int(s) for s in size]
     if len(start) != 3 or len(size) != 3 or min(size) < 1:
         raise DataError(f"crop: needs three starts and three sizes >= 1, got start {start}, size {size}")
-    lead = len(vol.axes) - 3
+    fill, lead = _checked_fill(fill, vol.dtype), len(vol.axes) - 3
     inner = [slice(max(0, s), max(0, min(n, s + w))) for s, w, n in zip(start, size, vol.shape)]
     part = np.asarray(vol.data[(slice(None),)*lead + tuple(inner)])
     pads = [(max(0, -s), 0) for s in start]
@@ -207,12 +214,14 @@ def locate_crop(
     if big.ndim != 3 or small.ndim != 3: raise DataError("locate_crop: compares volumes without channels")
     room = [b - s for b, s in zip(big.shape, small.shape)]
     if min(room) < 0: return None
-    values, counts = np.unique(small, return_counts=True)
+    values, counts = np.unique(small[np.isfinite(small)], return_counts=True)
+    if not len(values): return None
     rare = values[np.argmin(counts)]
     anchor = np.argwhere(small == rare)[0]
     window = tuple(slice(a, a + r + 1) for a, r in zip(anchor, room))
     for start in np.argwhere(big[window] == rare):
-        if np.array_equal(big[tuple(slice(s, s + n) for s, n in zip(start, small.shape))], small):
+        if np.array_equal(big[tuple(slice(s, s + n) for s, n in zip(start, small.shape))], small,
+                          equal_nan=small.dtype.kind == "f"):
             return tuple(int(s) for s in start)
     return None
 
@@ -241,8 +250,8 @@ def _linear_separable(data: np.ndarray, coords: Sequence[np.ndarray]) -> np.ndar
     return out
 
 def _nearest_separable(data: np.ndarray, coords: Sequence[np.ndarray]) -> np.ndarray:
-    "Nearest neighbour on a product grid; halfway goes up"
-    idx = [np.clip(np.floor(c + 0.5).astype(np.intp), 0, n - 1) for c, n in zip(coords, data.shape)]
+    "Nearest neighbour on a product grid; halfway goes up, also where rounding put it a little lower"
+    idx = [np.clip(np.floor(c + 0.5 + 1e-5).astype(np.intp), 0, n - 1) for c, n in zip(coords, data.shape)]
     return data[np.ix_(*idx)]
 
 # %% ../nbs/04_geometry.ipynb #_sample
@@ -268,7 +277,7 @@ def _sample(data: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], order:
         limit = np.array(data.shape)[:, None]
         outside = ((at < -0.5 - eps) | (at > limit - 0.5 + eps)).any(axis=0)
         if order == 0:
-            near = np.clip(np.floor(at + 0.5).astype(np.intp), 0, limit - 1)
+            near = np.clip(np.floor(at + 0.5 + 1e-5).astype(np.intp), 0, limit - 1)
             plane = source[near[0], near[1], near[2]]
         else:
             at = np.clip(at, 0, limit - 1)
@@ -292,6 +301,7 @@ def resample_to(
     shape = tuple(int(n) for n in shape)
     if len(shape) != 3 or min(shape) < 1: raise DataError(f"shape: needs three sizes >= 1, got {shape}")
     out_axes = replace(vol, data=np.broadcast_to(np.float32(0), shape), affine=affine, axes=vol.spatial_axes, meta={})
+    if not order: fill = _checked_fill(fill, vol.dtype)
     matrix = np.linalg.solve(vol.affine, out_axes.affine)
     data = np.asarray(vol.data[...])
     parts = data if vol.channels is not None else data[None]
@@ -313,7 +323,7 @@ def resample(
     wanted = np.broadcast_to(np.asarray(spacing, np.float64), (3,))
     if not (np.isfinite(wanted).all() and wanted.min() > 0): raise DataError(f"spacing: must be > 0 mm, got {spacing}")
     ratio = wanted/np.array(vol.spacing)
-    shape = np.maximum(1, np.floor(np.array(vol.shape)/ratio + 0.5).astype(int))
+    shape = np.maximum(1, np.floor(np.array(vol.shape)/ratio + 0.501).astype(int)) # halves up, header rounding or not
     step = np.diag([*ratio, 1.0])
     step[:3, 3] = (ratio - 1)/2 + (np.array(vol.shape) - shape*ratio)/2
     return resample_to(vol, vol.affine @ step, shape, order, fill=0, antialias=antialias)

@@ -127,16 +127,18 @@ def parse_nifti_header(
         _fail(where, f"bitpix is {bitpix}, but {dtype.name} voxels have {8*dtype.itemsize} bits")
     if not np.isfinite(offset) or offset < (348 if version == 1 else 540) or offset > 2**31 or offset != int(offset):
         _fail(where, f"vox_offset is {offset}, out of range")
+    if np.isfinite(slope) and slope != 0 and not np.isfinite(inter):
+        _fail(where, f"scl_slope is {slope:g}, but scl_inter is {inter}: the values cannot be known")
     if sum(n != 1 for n in dims[3:]) > 1: _fail(where, f"sizes {dims}: more than one axis besides x, y, z")
     return NiftiHeader(version, dims, dtype, pixdim, int(offset), slope, inter, units & 7, *codes, quatern,
                        np.array(srow, np.float64).reshape(3, 4))
 
 # %% ../nbs/04a_nifti.ipynb #MAX_BYTES
 MAX_BYTES = int(os.environ.get("MEDVOL_MAX_BYTES", 16*2**30)) # largest array read from one file [byte]
-_BLOCK = 1 << 20
+_BLOCK = 1 << 17 # small enough that packed and unpacked block stay in the cache [byte]
 _SLACK = 1 << 16 # bytes after the voxels that are tolerated
 
-def _members(f: Any, where: str, max_out: int = 1 << 22) -> Iterator[bytes]:
+def _members(f: Any, where: str, max_out: int = 1 << 18) -> Iterator[bytes]:
     "Blocks of the decompressed stream of an open gzip file; ends only after the last checksum was verified"
     raw, member = f.read(_BLOCK), 0
     if not raw: _fail(where, "is empty")
@@ -319,6 +321,7 @@ def write_nifti(
     if not path.name.endswith((".nii", ".nii.gz")): raise DataError(f"{path}: NIfTI files end in .nii or .nii.gz")
     if vol.spatial_axes != "xyz":
         raise DataError(f"{path}: NIfTI holds xyz volumes, got {vol.axes}. Use to_axes(vol, 'xyz')")
+    if 0 in vol.data.shape: raise DataError(f"{path}: NIfTI cannot hold a volume of shape {tuple(vol.data.shape)}")
     if not check_output(path, on_exists): return path
     lead = vol.channels is not None
     dtype = _storable(np.asarray(vol.data[...]) if vol.dtype in (np.int64, np.uint64) else vol.data)

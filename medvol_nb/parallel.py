@@ -12,6 +12,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import pickle
 import tempfile
 import threading
 import traceback
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .core import (ConfigError, DataError, FormatError, Journal, MedvolError, OnExists, atomic, check_output,
-                            file_digest, fingerprint, lock, log, parse_json, plain, progress, to_json)
+from .core import (ConfigError, DataError, FormatError, Journal, MedvolError, MissingFile, OnExists, atomic,
+                            check_output, file_digest, fingerprint, lock, log, parse_json, plain, progress, to_json)
 
 # %% ../nbs/02_parallel.ipynb #cpu_count
 def cpu_count() -> int: # processors this process may use, at least 1
@@ -102,14 +103,36 @@ def _is_elsewhere() -> tuple[bool, int]:
     backend, n_jobs = get_active_backend()
     return type(backend).__name__ not in ("LokyBackend", "SequentialBackend", "ThreadingBackend"), n_jobs
 
-def _pool(f: Callable, todo: Sequence[tuple[int, Any]], n_jobs: int, marks: str | None, timeout: float | None
+def _pack(value: Any) -> bytes | str:
+    "What travels to a worker, or why it cannot"
+    from joblib.externals import cloudpickle
+    try: return cloudpickle.dumps(value)
+    except Exception as e: return f"{type(e).__name__}: {e}"
+
+def _run_packed(f: bytes, item: bytes | str, index: int, marks: str | None, timeout: float | None
+                ) -> tuple[int, bool, Any]:
+    "Run one item elsewhere: pickling is part of its work, so that what does not pickle is an error of this item alone"
+    from joblib.externals import cloudpickle
+    def work(packed: bytes | str) -> bytes:
+        if isinstance(packed, str): raise TypeError(f"this item cannot be sent to a process ({packed})")
+        return cloudpickle.dumps(pickle.loads(f)(pickle.loads(packed)))
+    return _run_one(work, item, index, marks, timeout)
+
+def _unpacked(index: int, ok: bool, value: Any) -> tuple[int, bool, Any]:
+    if not ok: return index, ok, value
+    try: return index, True, pickle.loads(value)
+    except Exception as e:
+        return index, False, ("error", f"the result does not unpickle ({type(e).__name__}: {e})", traceback.format_exc())
+
+def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks: str | None, timeout: float | None
           ) -> Iterator[tuple[int, bool, Any]]:
     "Results of one joblib run as they come"
     from joblib import Parallel, delayed
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
         run = Parallel(n_jobs=n_jobs, return_as="generator_unordered", max_nbytes=None)
-        yield from run(delayed(_run_one)(f, item, i, marks, timeout) for i, item in todo)
+        for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
+            yield _unpacked(index, ok, value)
 
 def _end_pool() -> None:
     "Stop idle workers where nobody else would: a child process of multiprocessing waits for its own children at exit"
@@ -127,25 +150,31 @@ def _stream(f: Callable, items: Sequence, workers: int, retries: int, timeout: f
             ) -> Iterator[tuple[int, bool, Any]]:
     "Run all items in processes, whatever happens to some of them; yields as they finish"
     elsewhere, n_jobs = _is_elsewhere()
+    packed = _pack(f)
+    if isinstance(packed, str): raise TypeError(f"pmap: the function cannot be sent to a process ({packed})")
     fd, marks = tempfile.mkstemp(prefix="medvol-marks-")
     os.write(fd, bytes(max(1, len(items))))
     os.close(fd)
     left, deaths, alone = set(range(len(items))), dict.fromkeys(range(len(items)), 0), []
+    stalled = 0 # crashes in a row for which no running item can be blamed
     try:
         while left:
             group = [alone.pop()] if alone else sorted(left)
             jobs = n_jobs if elsewhere else 1 if len(group) == 1 else workers
             if jobs == 1 and not elsewhere: jobs, group = 2, group # joblib runs one job in this very process
             try:
-                for i, ok, value in _pool(f, [(i, items[i]) for i in group], jobs, None if elsewhere else marks,
-                                          None if elsewhere else timeout):
+                for i, ok, value in _pool(packed, ((i, _pack(items[i])) for i in group), jobs,
+                                          None if elsewhere else marks, None if elsewhere else timeout):
                     left.discard(i)
                     yield i, ok, value
                 continue
             except Exception as e:
                 if not _lost_a_worker(e): raise
             states = Path(marks).read_bytes()
-            suspects = [i for i in group if i in left and (elsewhere or states[i] in (_STARTED, _TIMEOUT))]
+            lost = [i for i in group if i in left]
+            suspects = [i for i in lost if elsewhere or states[i] in (_STARTED, _TIMEOUT)]
+            stalled = 0 if suspects else stalled + 1
+            if stalled > 2 or len(group) == 1: suspects = lost # no item was running: the death follows from all or any
             for i in suspects:
                 if len(group) == 1 or states[i] == _TIMEOUT: deaths[i] += 1
                 if deaths[i] > retries or (states[i] == _TIMEOUT and deaths[i] > 1):
@@ -190,9 +219,11 @@ def pmap(
     else: run = _stream(f, [items[i] for i in todo], n, retries, timeout)
     for j, ok, value in progress(run, desc, total=len(todo)):
         i = todo[j]
-        if ok:
-            values[i] = value
-            if ledger is not None: ledger.done(names[i], value)
+        if ok and ledger is not None:
+            try: ledger.done(names[i], value)
+            except (DataError, MissingFile, TypeError) as e: ok, value = False, ("error", f"{type(e).__name__}: {e}")
+            else: value = ledger.value(names[i])
+        if ok: values[i] = value
         else:
             failures.append(Failure(i, names[i], *value))
             if ledger is not None: ledger.failed(names[i], failures[-1].error)
@@ -221,7 +252,7 @@ class Ledger:
         self._on_exists = on_exists
 
     def __enter__(self) -> "Ledger":
-        if self._on_exists != "skip": check_output(self.path, self._on_exists)
+        check_output(self.path, self._on_exists)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock(self.path))
             if self._on_exists == "skip" and self.path.exists(): self._load()
@@ -248,7 +279,8 @@ class Ledger:
         for line in lines:
             with contextlib.suppress(ValueError, UnicodeDecodeError):
                 record = json.loads(line.decode())
-                if isinstance(record, dict) and isinstance(record.get("key"), str):
+                if isinstance(record, dict) and isinstance(record.get("key"), str) and (
+                    {"value", "files"} <= record.keys() if record.get("status") == "done" else "error" in record):
                     self._records[record["key"]] = record
 
     def _rewrite(self) -> None:
@@ -257,8 +289,9 @@ class Ledger:
         with atomic(self.path) as t: t.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _append(self, record: dict) -> None:
-        self._records[record["key"]] = record
-        self._journal.append(to_json(record, None))
+        line = to_json(record, None)
+        self._records[record["key"]] = json.loads(line)
+        self._journal.append(line)
 
     def done(
         self,
@@ -269,6 +302,8 @@ class Ledger:
         value = plain(value)
         names = value.get("outputs", []) if isinstance(value, Mapping) else []
         files = {str(n): describe(self.root/n) for n in names}
+        if absent := [n for n, d in files.items() if d["bytes"] < 0]:
+            raise MissingFile(f"{key}: recorded as finished, but {self.root/absent[0]} does not exist")
         self._append({"key": key, "status": "done", "value": value, "files": files})
 
     def failed(

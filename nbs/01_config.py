@@ -90,11 +90,23 @@ Task(name="brain", volume="brain.zarr").trainer
 #| export
 MAX_VALUES = 200_000
 
+def _measure(text: str, where: str, loader: type) -> None:
+    "Refuse a document that is too large or too deep, event by event: building it first would take memory and stack"
+    import yaml
+    depth = values = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.NodeEvent)
+        if depth > 100: raise FormatError(f"{where}, line {event.start_mark.line + 1}: nested more than 100 levels deep")
+        if values > MAX_VALUES: raise FormatError(f"{where}: holds more than {MAX_VALUES} values")
+
 def _compose(text: str, where: str) -> Any:
     "YAML node tree of `text` with its source lines; refuses tags, cycles and reference bombs"
     import yaml
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try: node = yaml.compose(text, Loader=loader)
+    try:
+        _measure(text, where, loader)
+        node = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -107,6 +119,8 @@ def _compose(text: str, where: str) -> Any:
         if isinstance(n, yaml.ScalarNode): return 1
         if sizes.get(id(n)) == -1: raise FormatError(f"{where}, line {n.start_mark.line + 1}: a value contains itself")
         if depth > 100: raise FormatError(f"{where}, line {n.start_mark.line + 1}: nested more than 100 levels deep")
+        if isinstance(n, yaml.MappingNode) and (odd := [k for k, _ in n.value if not isinstance(k, yaml.ScalarNode)]):
+            raise FormatError(f"{where}, line {odd[0].start_mark.line + 1}: a key must be a plain word")
         if id(n) not in sizes:
             sizes[id(n)] = -1
             parts = n.value if isinstance(n, yaml.SequenceNode) else [x for kv in n.value for x in kv]
@@ -140,7 +154,8 @@ def parse_settings(
     import yaml
     if where.endswith(".json"):
         data = parse_json(text, where)
-        return data, _lines(_compose(text.replace("\t", " "), where))
+        try: return data, _lines(_compose(text.replace("\t", " "), where))
+        except FormatError: return data, {} # the few spellings that JSON has and YAML has not
     node = _compose(text, where)
     lines = _lines(node)
     def check(n: Any) -> None:
@@ -156,7 +171,8 @@ def parse_settings(
     if node is not None: check(node)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try: return (loader.construct_document(node) if node is not None else {}), lines
-    except yaml.YAMLError as e: raise FormatError(f"{where}: {getattr(e, 'problem', None) or e}") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise FormatError(f"{where}: {getattr(e, 'problem', None) or e}") from None
     finally: loader.dispose()
 
 # %%
@@ -246,7 +262,7 @@ def parse_overrides(
     out = {}
     for pair in pairs:
         key, sep, value = pair.partition("=")
-        if not sep or not key.strip():
+        if not sep or not key.strip() or "\n" in value:
             raise ConfigError(f"override {pair!r}: write it as key=value, such as trainer.batch_size=4")
         out[key.strip()] = parse_settings(f"value: {value}", f"override {pair!r}")[0]["value"]
     return out

@@ -130,14 +130,16 @@ assert torch.equal(first, second) and torch.equal(before, torch.random.get_rng_s
 def _flatten(obj: Any, name: str, table: dict[str, torch.Tensor]) -> Any:
     "Move tensors of a tree into `table`; returns the JSON form of the tree"
     if isinstance(obj, torch.Tensor):
-        table[name] = obj.detach().cpu().contiguous()
+        while not name or name in table or name == "__metadata__": name += "_" # 'a/b' beside {'a': {'b': ...}}
+        table[name] = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
         return {"$tensor": name}
     if isinstance(obj, np.ndarray):
-        return {"$array": _flatten(torch.from_numpy(np.ascontiguousarray(obj)), name, table)}
+        native = np.array(obj, obj.dtype.newbyteorder("="), order="C")
+        return {"$array": _flatten(torch.from_numpy(native), name, table)}
     if isinstance(obj, Mapping):
         if all(isinstance(k, str) and not k.startswith("$") for k in obj):
             return {k: _flatten(v, f"{name}/{k}" if name else k, table) for k, v in obj.items()}
-        return {"$items": [[plain(k), _flatten(v, f"{name}/{k}", table)] for k, v in obj.items()]}
+        return {"$items": [[_flatten(k, name, table), _flatten(v, f"{name}/{k}", table)] for k, v in obj.items()]}
     if isinstance(obj, (list, tuple)):
         parts = [_flatten(v, f"{name}/{i}", table) for i, v in enumerate(obj)]
         return {"$tuple": parts} if isinstance(obj, tuple) else parts
@@ -148,11 +150,14 @@ def _unflatten(obj: Any, table: Mapping[str, torch.Tensor]) -> Any:
     if not isinstance(obj, dict): return obj
     if "$tensor" in obj: return table[obj["$tensor"]]
     if "$array" in obj: return _unflatten(obj["$array"], table).numpy()
-    if "$items" in obj: return {k: _unflatten(v, table) for k, v in obj["$items"]}
+    if "$items" in obj: return {_unflatten(k, table): _unflatten(v, table) for k, v in obj["$items"]}
     if "$tuple" in obj: return tuple(_unflatten(v, table) for v in obj["$tuple"])
     return {k: _unflatten(v, table) for k, v in obj.items()}
 
-def _crc(t: torch.Tensor) -> int: return zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data) if t.numel() else 0
+def _crc(t: torch.Tensor) -> int:
+    "Checksum of number type, shape and bytes"
+    head = zlib.crc32(f"{t.dtype}{tuple(t.shape)}".encode())
+    return zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, head) if t.numel() else head
 
 # %%
 #| export
@@ -174,7 +179,10 @@ def save_checkpoint(
         if v.numel() and v.data_ptr() in seen: table[k] = v.clone()
         seen[table[k].data_ptr()] = k
     note = {"version": CHECKPOINT_VERSION, "tree": tree, "crc32": {k: _crc(v) for k, v in table.items()}}
-    with atomic(path) as t: save_file(table, str(t), metadata={"medvol_nb": json.dumps(note, allow_nan=True)})
+    text = json.dumps(note, allow_nan=True)
+    with atomic(path) as t:
+        try: save_file(table, str(t), metadata={"medvol_nb": text, "crc32": str(zlib.crc32(text.encode()))})
+        except KeyError as e: raise DataError(f"{path}: tensors of type {e} cannot be stored") from None
     return Path(path)
 
 def load_checkpoint(
@@ -186,15 +194,17 @@ def load_checkpoint(
     if not path.exists(): raise MissingFile(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as f:
-            note = (f.metadata() or {}).get("medvol_nb")
+            head = f.metadata() or {}
             table = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise FormatError(f"{path}: not a readable checkpoint ({e})") from None
-    if note is None: raise FormatError(f"{path}: holds weights, not a checkpoint of this library. Use load_foreign")
-    note = json.loads(note)
+    text = head.get("medvol_nb")
+    if text is None: raise FormatError(f"{path}: holds weights, not a checkpoint of this library. Use load_foreign")
+    if head.get("crc32") != str(zlib.crc32(text.encode())): raise FormatError(f"{path}: damaged, its header was altered")
+    note = json.loads(text)
     if note["version"] > CHECKPOINT_VERSION:
         raise FormatError(f"{path}: written by a newer version (format {note['version']}, this one reads "
-                          "{CHECKPOINT_VERSION})")
+                          f"{CHECKPOINT_VERSION})")
     bad = [k for k, crc in note["crc32"].items() if k not in table or _crc(table[k]) != crc]
     if bad: raise FormatError(f"{path}: damaged, checksum of {len(bad)} tensors differs, first {bad[0]!r}")
     return _unflatten(note["tree"], table)
@@ -337,7 +347,7 @@ def load_foreign(
         try: weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
             raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, "
-                              f"nothing that runs code ({str(e).splitlines()[0][:120]})") from None
+                              f"nothing that runs code ({(str(e) or type(e).__name__).splitlines()[0][:120]})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping): weights = weights[key]
     tensors = isinstance(weights, Mapping) and all(isinstance(v, torch.Tensor) for v in weights.values())

@@ -282,8 +282,8 @@ def test_the_centre_never_moves_and_outer_faces_stay_when_sizes_divide(shape, sp
             out = resample(vol, wanted, order)
             assert_allclose(centre(out), centre(vol), atol=1e-9)
             assert_allclose(out.spacing, np.broadcast_to(wanted, 3), rtol=1e-9)
-            expected = np.maximum(1, np.floor(np.array(shape)*spacing/np.broadcast_to(wanted, 3) + .5 + 1e-12))
-            assert np.abs(np.array(out.shape) - expected).max() <= (1 if order else 1) and min(out.shape) >= 1
+            expected = np.maximum(1, np.floor(np.array(shape)*spacing/np.broadcast_to(wanted, 3) + .501))
+            assert out.shape == tuple(expected)
     for factor in ((.5, .5, .5), (1, .25, .5)):
         out = resample(vol, np.array(spacing)*factor)
         assert_allclose(faces(out), faces(vol), atol=1e-9)
@@ -297,7 +297,7 @@ def test_the_same_spacing_is_the_identity(order):
         vol = Volume(data, affine_of("PSL", (.7, 1.3, 2), turn=(1, 2, 3)), axes)
         out = resample(vol, vol.spacing, order)
         assert out.axes == axes
-        assert_allclose(out.data, data, atol=1e-5 if order == 3 else 0)
+        assert_allclose(out.data, data, atol=(0, 1e-6, 1e-5)[order - (order == 3)])
         assert_allclose(out.affine, vol.affine, atol=1e-12)
 
 
@@ -341,12 +341,12 @@ def test_interpolation_is_float32_and_right_for_each_number_type(dtype):
     assert_allclose(resample_to(Volume(data, np.eye(4)), oblique_affine, (5, 5, 5)).data, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("lo, hi", [(0, 2**40), (-2**62, 2**62), (1e-30, 1e30), (-32768, 32767)])
+@pytest.mark.parametrize("lo, hi", [(0, 2**40), (-2**62, 2**62), (0.0, 1e30), (-32768, 32767)])
 def test_large_ranges_neither_overflow_nor_wrap(lo, hi):
     kind = np.float64 if isinstance(hi, float) else np.int64 if hi > 2**20 else np.int16
     data = np.where(np.indices((6, 6, 6)).sum(axis=0) % 2, lo, hi).astype(kind)
     out = resample(Volume(data, np.eye(4)), .7).data
-    assert np.isfinite(out).all() and out.min() >= lo*(1 + 1e-6) - 1e-30*0 and out.max() <= hi*(1 + 1e-6)
+    assert np.isfinite(out).all() and out.min() >= lo - 1e-6*hi and out.max() <= hi*(1 + 1e-6)
 
 
 def test_layout_of_memory_does_not_matter():
@@ -388,11 +388,10 @@ def to_itk(array, affine, vector=False, kind=np.float32):
     return img
 
 
-def random_case(seed, channels=False):
+def random_case(seed, channels=False, smallest=9):
     "An anisotropic oblique volume and an oblique grid that overlaps it partly"
     rng = rng_for(seed, "itk")
-    shape = tuple(rng.integers(9, 20, 3))
-    # A voxel exactly on a face or halfway between two centres may fall either way: these random grids have none
+    shape = tuple(rng.integers(smallest, smallest + 11, 3))
     data = ndimage.gaussian_filter(rng.normal(0, 100, shape), 1).astype(np.float32)
     if channels: data = np.stack([data, 3*data[::-1] + 1])
     place = oblique(rng, rng.uniform(.6, 3, 3), rng.uniform(-30, 30, 3))
@@ -416,10 +415,14 @@ def test_oblique_resampling_agrees_with_itk_border_and_channels_included(seed, o
                                                             -77.0)).T for p in parts])
     theirs = theirs if vol.channels else theirs[0]
     assert ours.shape == theirs.shape
-    assert (theirs == -77).any() and (theirs != -77).any()
+    assert (theirs != -77).any()
     assert_array_equal(ours == -77, theirs == -77)
-    # float32 places against ITK's float64 ones: 1e-4 of the range
-    assert np.abs(ours - theirs).max() <= (0 if order == 0 else 1e-4*np.ptp(vol.data))
+    if order: assert np.abs(ours - theirs).max() <= 1e-4*np.ptp(vol.data) # weights are float32 here
+    else: # halfway between two centres either may be right
+        at = to_index(vol.affine, to_world(target, np.moveaxis(np.indices(size), 0, -1)))
+        clear = (np.abs(at % 1 - .5) > 1e-4).all(axis=-1)
+        assert clear.mean() > .99
+        assert_array_equal(ours[..., clear], theirs[..., clear])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -438,7 +441,7 @@ def test_resampling_along_the_axes_agrees_with_itk(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_cubic_agrees_with_itk_in_the_interior(seed):
     sitk = pytest.importorskip("SimpleITK")
-    vol, target, size = random_case(seed)
+    vol, target, size = random_case(seed, smallest=18)
     ours = resample_to(vol, target, size, 3, fill=0, antialias=False)
     theirs = sitk.Resample(to_itk(vol.data, vol.affine, kind=np.float64), to_itk(np.zeros(size), target, kind=np.float64),
                            sitk.Transform(), sitk.sitkBSpline, 0.0)
@@ -447,7 +450,7 @@ def test_cubic_agrees_with_itk_in_the_interior(seed):
     # The two continue the image differently past its border (nearest here, mirror there). A spline forgets the border
     # by a factor of 3.7 a voxel: after 4 voxels less than 1 % of the range is left of it.
     difference = np.abs(ours.data - sitk.GetArrayFromImage(theirs).T)[inner]
-    assert inner.sum() >= 5 and difference.max() <= 0.01*np.ptp(vol.data)
+    assert inner.sum() >= 20 and difference.max() <= 0.01*np.ptp(vol.data)
 
 
 def test_resample_is_scipys_affine_transform_with_half_voxel_rule():
@@ -461,10 +464,10 @@ def test_resample_is_scipys_affine_transform_with_half_voxel_rule():
 def test_antialiasing_turns_a_checkerboard_grey():
     board = np.where(np.indices((24, 24, 24)).sum(axis=0) % 2, 100, 0).astype(np.float32)
     vol = Volume(board, np.eye(4))
-    for spacing in (2.5, 3, 4):
+    for spacing in (2.2, 2.6, 3.4):
         smooth, raw = (resample(vol, spacing, antialias=a).data[1:-1, 1:-1, 1:-1] for a in (True, False))
-        assert abs(smooth.mean() - 50) < 3 and smooth.std() < raw.std() and smooth.std() < 1
-    assert resample(vol, 3, antialias=False).data.std() > 40
+        assert abs(smooth.mean() - 50) < 3 and smooth.std() < raw.std()/4
+    assert resample(vol, 3, antialias=False).data.std() > 40 > 20 > resample(vol, 3).data.std()
     assert_array_equal(resample(vol, .5).data, resample(vol, .5, antialias=False).data)
     lbl = Volume((board > 0).astype(np.uint8), np.eye(4))
     assert_array_equal(resample(lbl, 3, 0).data, resample(lbl, 3, 0, antialias=False).data)
@@ -497,6 +500,17 @@ def test_bad_requests_are_refused_in_words():
     for shape in ((1, 2), (0, 1, 1), (1, -1, 1)):
         with pytest.raises(DataError, match="shape"): resample_to(vol, np.eye(4), shape)
     with pytest.raises(DataError, match="affine"): resample_to(vol, np.zeros((4, 4)), (3, 3, 3))
+
+
+def test_halfway_goes_up_whatever_the_rounding_of_the_header():
+    lbl = rng_for(0, "half").integers(0, 9, (20, 24, 22)).astype(np.uint8)
+    for spacing in (1, .1, 1/3, np.float32(.9765625), np.float32(.7)):
+        for turn in ((0, 0, 0), (3, 4, 5)):
+            for noise in (0, 1e-7, -1e-7): # a header holds float32
+                vol = Volume(lbl, affine_of("LPS", (float(spacing)*(1 + noise),)*3, turn=turn))
+                out = resample(vol, 2*float(spacing), order=0)
+                assert out.shape == (10, 12, 11)
+                assert_array_equal(out.data, lbl[1::2, 1::2, 1::2])
 
 
 def test_a_spacing_that_would_take_terabytes_is_refused():

@@ -73,8 +73,7 @@ def walk(command, words):
     if hasattr(command, "list_commands"):
         context = command.make_context(words[-1] if words else "medvol", [], resilient_parsing=True)
         for name in command.list_commands(context): yield from walk(command.get_command(context, name), [*words, name])
-app = next(v for v in [getattr(cli, "app", None), *vars(cli).values()] if isinstance(v, typer.Typer))
-print(json.dumps(list(walk(typer.main.get_command(app), []))))
+print(json.dumps(list(walk(typer.main.get_command(cli.build_app()), []))))
 """
     run = subprocess.run([sys.executable, "-c", script], env=environment(), cwd=ROOT, capture_output=True, text=True)
     try: return json.loads(run.stdout.splitlines()[-1])
