@@ -133,8 +133,8 @@ def save_checkpoint(
         seen[table[k].data_ptr()] = k
     note = {"version": CHECKPOINT_VERSION, "tree": tree, "crc32": {k: _crc(v) for k, v in table.items()}}
     text = json.dumps(note, allow_nan=True)
-    with atomic(path) as t:
-        try: save_file(table, str(t), metadata={"medvol_nb": text, "crc32": str(zlib.crc32(text.encode()))})
+    with atomic(path) as t: # a single entry of metadata: safetensors writes several in random order
+        try: save_file(table, str(t), metadata={"medvol_nb": f"{zlib.crc32(text.encode()):08x} {text}"})
         except KeyError as e: raise DataError(f"{path}: tensors of type {e} cannot be stored") from None
     return Path(path)
 
@@ -147,13 +147,13 @@ def load_checkpoint(
     if not path.exists(): raise MissingFile(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as f:
-            head = f.metadata() or {}
+            text = (f.metadata() or {}).get("medvol_nb")
             table = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise FormatError(f"{path}: not a readable checkpoint ({e})") from None
-    text = head.get("medvol_nb")
     if text is None: raise FormatError(f"{path}: holds weights, not a checkpoint of this library. Use load_foreign")
-    if head.get("crc32") != str(zlib.crc32(text.encode())): raise FormatError(f"{path}: damaged, its header was altered")
+    crc, _, text = text.partition(" ")
+    if crc != f"{zlib.crc32(text.encode()):08x}": raise FormatError(f"{path}: damaged, its header was altered")
     note = json.loads(text)
     if note["version"] > CHECKPOINT_VERSION:
         raise FormatError(f"{path}: written by a newer version (format {note['version']}, this one reads "
@@ -244,8 +244,9 @@ def load_foreign(
     else:
         try: weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
+            why = (str(e) or type(e).__name__).splitlines()[0][:120]
             raise FormatError(f"{path}: refused or damaged. Only tensors and plain containers are read from pickles, "
-                              f"nothing that runs code ({(str(e) or type(e).__name__).splitlines()[0][:120]})") from None
+                              f"nothing that runs code ({why})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping): weights = weights[key]
     tensors = isinstance(weights, Mapping) and all(isinstance(v, torch.Tensor) for v in weights.values())

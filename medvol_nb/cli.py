@@ -147,7 +147,8 @@ def _show(result: Any, as_json: bool, depth: int = 0) -> None:
                 _show(v, False, depth + 1)
             else: typer.echo(f"{pad}{k}: {', '.join(map(str, v)) if isinstance(v, list) else v if v != {} else ''}")
     elif isinstance(value, list):
-        for v in value: typer.echo(pad + (", ".join(f"{k} {x}" for k, x in v.items()) if isinstance(v, dict) else str(v)))
+        for v in value:
+            typer.echo(pad + (", ".join(f"{k} {x}" for k, x in v.items()) if isinstance(v, dict) else str(v)))
     elif value is not None: typer.echo(f"{pad}{value}")
 
 # %% ../nbs/90_cli.ipynb #_normal

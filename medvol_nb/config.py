@@ -55,7 +55,8 @@ def _measure(text: str, where: str, loader: type) -> None:
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         values += isinstance(event, yaml.NodeEvent)
-        if depth > 100: raise FormatError(f"{where}, line {event.start_mark.line + 1}: nested more than 100 levels deep")
+        line = event.start_mark.line + 1
+        if depth > 100: raise FormatError(f"{where}, line {line}: nested more than 100 levels deep")
         if values > MAX_VALUES: raise FormatError(f"{where}: holds more than {MAX_VALUES} values")
 
 def _compose(text: str, where: str) -> Any:

@@ -178,7 +178,7 @@ def check_output(
     for i in inputs:
         real = os.path.realpath(path)
         if os.path.realpath(i) == real or (on_exists == "overwrite" and os.path.realpath(i).startswith(real + os.sep)):
-            raise OutputExists(f"output {path} is also an input of this job, or holds one. Inputs are never overwritten")
+            raise OutputExists(f"output {path} is also an input of this job. Inputs are never overwritten")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputExists(f"output {path}: no permission to write in {parent}")
     if not path.exists(): return True

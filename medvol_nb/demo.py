@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from . import phantoms, plot
-from .core import (DataError, FormatError, MissingExtra, MissingFile, OnExists, file_digest, read_json, rng_for,
-                            write_csv, write_json)
+from .core import (DataError, FormatError, MissingExtra, MissingFile, OnExists, file_digest, read_json,
+                            rng_for, write_csv, write_json)
 from .parallel import pmap
 from .report import Job, Shown, Step, run_job
-from .volume import (Volume, corner_displacement, format_of, read_header, read_volume, reorient, resample, same_grid,
+from .volume import (Volume, corner_displacement, format_of, read_volume, reorient, resample, same_grid,
                               stem_of, write_volume)
 
 # %% ../nbs/87_demo.ipynb #TISSUES
@@ -80,12 +80,12 @@ def _write_dataset(folder: Path, cases: int, seed: int, workers: int) -> Shown:
         name, img, lbl = demo_case(k, seed, t1, tissue)
         write_volume(img, folder/"images"/f"{name}.nii.gz")
         write_volume(lbl, folder/"labels"/f"{name}.nii.gz")
-        return {"case": name, "shape": " x ".join(map(str, img.shape)), "spacing [mm]": " x ".join(f"{s:g}" for s in img.spacing),
-                "orientation": img.orientation}
+        shape, spacing = " x ".join(map(str, img.shape)), " x ".join(f"{s:g}" for s in img.spacing)
+        return {"case": name, "shape": shape, "spacing [mm]": spacing, "orientation": img.orientation}
     rows = pmap(make, range(cases), workers, desc="writing cases")
     write_json(folder/"labels.json", TISSUES)
-    return Shown(f"{cases} cases were written: the MNI152 template, and smooth deformations of it in other voxel sizes and "
-                 f"orientations.", {"cases": cases}, rows)
+    return Shown(f"{cases} cases were written: the MNI152 template, and smooth deformations of it in other voxel sizes "
+                 "and orientations.", {"cases": cases}, rows)
 
 # %% ../nbs/87_demo.ipynb #Pairs
 @dataclass(frozen=True)
@@ -143,9 +143,11 @@ def _write_datalist(folder: Path, root: Path, folds: int, limit: int | None) -> 
     names = _label_names(root)
     write_json(folder/"datalist.json", {"training": sorted(items, key=lambda i: (i["fold"], i["image"])), "testing": [],
                                         "label_dict": {str(k): v for k, v in names.items()}})
-    odd = [f"image without label: {k}" for k in pairs.images_only] + [f"label without image: {k}" for k in pairs.labels_only]
-    return Shown(f"{len(items)} pairs were matched by name and dealt into {folds} folds." + (f" Left over: {'; '.join(odd)}." if odd else ""),
-                 {"pairs": len(items), "left over": len(odd), "classes": len(names)})
+    odd = [f"image without label: {k}" for k in pairs.images_only]
+    odd += [f"label without image: {k}" for k in pairs.labels_only]
+    text = f"{len(items)} pairs were matched by name and dealt into {folds} folds."
+    if odd: text += f" Left over: {'; '.join(odd)}."
+    return Shown(text, {"pairs": len(items), "left over": len(odd), "classes": len(names)})
 
 # %% ../nbs/87_demo.ipynb #verify_pair
 def verify_pair(
@@ -168,7 +170,8 @@ def verify_pair(
         elif img.size and img.min() == img.max(): found.append(("W307", f"image is constant ({img.flat[0]})"))
     if "label" in vols:
         lbl = vols["label"].data
-        if lbl.dtype.kind == "f" and not np.array_equal(lbl, np.round(lbl)): found.append(("E302", "label holds fractions or NaN"))
+        if lbl.dtype.kind == "f" and not np.array_equal(lbl, np.round(lbl)):
+            found.append(("E302", "label holds fractions or NaN"))
         else:
             ids = [int(v) for v in np.unique(lbl) if v != 0]
             if not ids: found.append(("W305", "label is empty"))
@@ -179,7 +182,8 @@ def verify_pair(
 
 def _compare(image: Volume, label: Volume) -> list[tuple[str, str]]:
     "Do both lie on the same grid"
-    a, b = (reorient(replace(v, data=v.data if v.channels is None else v.data[0], axes=v.spatial_axes), "RAS") for v in (image, label))
+    first = lambda v: v.data if v.channels is None else v.data[0]
+    a, b = (reorient(replace(v, data=first(v), axes=v.spatial_axes), "RAS") for v in (image, label))
     if a.shape != b.shape: return [("E202", f"image has shape {image.shape}, label {label.shape}")]
     gap, limit = corner_displacement(a, b), 0.1*min(a.spacing)
     out = []
@@ -201,7 +205,8 @@ def _verify(folder: Path, job: Job, root: Path, workers: int) -> Shown:
     rows = [{"code": c, "image": i["image"], "finding": t} for i, f in zip(items, found) for c, t in f]
     write_csv(folder/"findings.csv", rows, ["code", "image", "finding"])
     errors = sum(r["code"][0] == "E" for r in rows)
-    verdict = "All files are whole and every label lies on its image's grid." if not errors else f"{errors} errors need a hand."
+    verdict = f"{errors} errors need a hand." if errors else \
+        "All files are whole and every label lies on its image's grid."
     return Shown(f"{len(items)} pairs were read completely. {verdict}",
                  {"errors": errors, "warnings": len(rows) - errors}, rows)
 
@@ -211,6 +216,8 @@ def class_volumes(
 ) -> dict[int, float]: # label id -> [mL]
     "Volume of every class in a label map"
     lbl = read_volume(label)
+    if lbl.dtype.kind == "f" and not np.array_equal(lbl.data, np.round(lbl.data)):
+        raise DataError(f"{label}: holds fractions or NaN, a label map holds whole numbers")
     ids, counts = np.unique(lbl.data.astype(np.int64), return_counts=True)
     ml = float(np.prod(lbl.spacing))/1000
     return {int(i): float(n)*ml for i, n in zip(ids, counts) if i > 0}
@@ -223,12 +230,12 @@ def _statistics(folder: Path, job: Job, root: Path, workers: int) -> Shown:
                              errors="collect", desc="measuring")
     good = [(i, v) for i, v in zip(items, volumes) if v is not None]
     ids = sorted({k for _, v in good for k in v})
-    write_csv(folder/"volumes.csv", [{"image": i["image"], "id": k, "class": names.get(k, f"label {k}"), "mL": round(v[k], 4)}
-                                     for i, v in good for k in sorted(v)], ["image", "id", "class", "mL"])
-    rows = [{"id": k, "class": names.get(k, f"label {k}"), "cases": sum(k in v for _, v in good),
-             "mean [mL]": float(np.mean([v[k] for _, v in good if k in v])),
-             "smallest [mL]": min(v[k] for _, v in good if k in v), "largest [mL]": max(v[k] for _, v in good if k in v)}
-            for k in ids]
+    named = {k: names.get(k, f"label {k}") for k in ids}
+    each = [{"image": i["image"], "id": k, "class": named[k], "mL": round(v[k], 4)} for i, v in good for k in sorted(v)]
+    write_csv(folder/"volumes.csv", each, ["image", "id", "class", "mL"])
+    found = {k: [v[k] for _, v in good if k in v] for k in ids}
+    rows = [{"id": k, "class": named[k], "cases": len(v), "mean [mL]": float(np.mean(v)), "smallest [mL]": min(v),
+             "largest [mL]": max(v)} for k, v in found.items()]
     pictures = {}
     if rows:
         plot.save_figure(plot.bars({r["class"]: r["mean [mL]"] for r in rows}, "mL", ids=ids), folder/"volumes.png")
@@ -237,11 +244,14 @@ def _statistics(folder: Path, job: Job, root: Path, workers: int) -> Shown:
         try: img, lbl = (reorient(read_volume(root/item[k]), "RAS") for k in ("image", "label"))
         except (DataError, FormatError, MissingFile): continue
         if img.channels is None and same_grid(img, lbl, 0.1*min(img.spacing)):
-            plot.save_figure(plot.planes(img.data, lbl.data.astype(np.int64), img.spacing, title=item["image"]), folder/"case.png")
+            figure = plot.planes(img.data, lbl.data.astype(np.int64), img.spacing, title=item["image"])
+            plot.save_figure(figure, folder/"case.png")
             pictures = {"The first case with its labels": "case.png", **pictures}
             break
-    text = f"{len(ids)} classes in {len(good)} cases." + (f" {len(failures)} labels could not be read." if failures else "")
-    return Shown(text, {"classes": len(ids), "labelled [mL]": float(sum(sum(v.values()) for _, v in good))}, rows, pictures)
+    text = f"{len(ids)} classes in {len(good)} cases."
+    if failures: text += f" {len(failures)} labels could not be read."
+    total = float(sum(sum(v.values()) for _, v in good))
+    return Shown(text, {"classes": len(ids), "labelled [mL]": total}, rows, pictures)
 
 # %% ../nbs/87_demo.ipynb #_listing
 def _listing(root: Path) -> list:
@@ -266,14 +276,15 @@ def demo_job(
     if data is None:
         root, needs = Path(out)/"01_dataset", ("dataset",)
         template = [file_digest(p) for p in template_paths().values()]
-        steps.append(Step("dataset", "A small dataset of brains", lambda f, job: _write_dataset(f, cases, seed, workers),
-                          params=[cases, seed, template]))
+        make = lambda f, job: _write_dataset(f, cases, seed, workers)
+        steps.append(Step("dataset", "A small dataset of brains", make, params=[cases, seed, template]))
     else: root, source = Path(data), _listing(Path(data))
+    folds, below = min(5, cases if data is None else 5), (*needs, "datalist")
+    deal = lambda f, job: _write_datalist(f, root, folds, limit)
     steps += [
-        Step("datalist", "Pairs and folds", lambda f, job: _write_datalist(f, root, min(5, cases if data is None else 5), limit),
-             needs, [source, limit]),
-        Step("verify", "Verification", lambda f, job: _verify(f, job, root, workers), (*needs, "datalist")),
-        Step("statistics", "What is in the labels", lambda f, job: _statistics(f, job, root, workers), (*needs, "datalist")),
+        Step("datalist", "Pairs and folds", deal, needs, [source, limit]),
+        Step("verify", "Verification", lambda f, job: _verify(f, job, root, workers), below),
+        Step("statistics", "What is in the labels", lambda f, job: _statistics(f, job, root, workers), below),
     ]
     title = "medvol_nb on the MNI152 brain" if data is None else f"medvol_nb on {Path(data).resolve().name}"
     return Job(out, steps, title)
@@ -293,4 +304,5 @@ def demo(
     job = demo_job(out, data, cases=cases, seed=seed, workers=workers, limit=limit)
     if dry_run: return {"out": Path(out), "steps": [f"{s.name}: {s.title}" for s in job.steps]}
     result = run_job(job, on_exists=on_exists)
-    return {"report": result["report"], "ran": result["ran"], "figures": {k: v["figures"] for k, v in result["steps"].items()}}
+    figures = {k: v["figures"] for k, v in result["steps"].items()}
+    return {"report": result["report"], "ran": result["ran"], "figures": figures}

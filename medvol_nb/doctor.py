@@ -65,8 +65,8 @@ def _torch(problems: list[str]) -> dict[str, Any]:
     names = sorted(d.metadata["Name"] or "" for d in importlib.metadata.distributions())
     nvidia = [n for n in names if n.startswith("nvidia-")]
     if nvidia and cuda is None:
-        problems.append(f"{len(nvidia)} NVIDIA packages are installed beside a CPU build of torch. They take several GB "
-                        f"for nothing: pip uninstall {' '.join(nvidia)}")
+        problems.append(f"{len(nvidia)} NVIDIA packages are installed beside a CPU build of torch. They take several "
+                        f"GB for nothing: pip uninstall {' '.join(nvidia)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_name(k) for k in range(count)]
     if cuda is not None and not gpus and shutil.which("nvidia-smi"):

@@ -105,24 +105,32 @@ def _is_elsewhere() -> tuple[bool, int]:
 
 def _pack(value: Any) -> bytes | str:
     "What travels to a worker, or why it cannot"
-    from joblib.externals import cloudpickle
-    try: return cloudpickle.dumps(value)
+    from joblib.externals.loky.backend.reduction import dumps # cloudpickle's, the one that joblib uses
+    try: return bytes(dumps(value))
     except Exception as e: return f"{type(e).__name__}: {e}"
 
 def _run_packed(f: bytes, item: bytes | str, index: int, marks: str | None, timeout: float | None
                 ) -> tuple[int, bool, Any]:
     "Run one item elsewhere: pickling is part of its work, so that what does not pickle is an error of this item alone"
-    from joblib.externals import cloudpickle
-    def work(packed: bytes | str) -> bytes:
-        if isinstance(packed, str): raise TypeError(f"this item cannot be sent to a process ({packed})")
-        return cloudpickle.dumps(pickle.loads(f)(pickle.loads(packed)))
-    return _run_one(work, item, index, marks, timeout)
+    if marks is not None: _mark(marks, index, _STARTED)
+    def load() -> tuple[Callable, Any]: # imports count as start-up, not as time of the item
+        if isinstance(item, str): raise TypeError(f"the item cannot be sent to a process ({item})")
+        return pickle.loads(f), pickle.loads(item)
+    _, ok, loaded = _run_one(lambda _: load(), None, index, None, None)
+    def work(given: Any) -> bytes:
+        out = _pack(loaded[0](given))
+        if isinstance(out, str): raise TypeError(f"the result cannot be sent back from a process ({out})")
+        return out
+    if ok: return _run_one(work, loaded[1], index, marks, timeout)
+    if marks is not None: _mark(marks, index, _DONE)
+    return index, False, loaded
 
 def _unpacked(index: int, ok: bool, value: Any) -> tuple[int, bool, Any]:
     if not ok: return index, ok, value
     try: return index, True, pickle.loads(value)
     except Exception as e:
-        return index, False, ("error", f"the result does not unpickle ({type(e).__name__}: {e})", traceback.format_exc())
+        why = f"the result cannot be unpickled ({type(e).__name__}: {e})"
+        return index, False, ("error", why, traceback.format_exc())
 
 def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks: str | None, timeout: float | None
           ) -> Iterator[tuple[int, bool, Any]]:
@@ -174,7 +182,7 @@ def _stream(f: Callable, items: Sequence, workers: int, retries: int, timeout: f
             lost = [i for i in group if i in left]
             suspects = [i for i in lost if elsewhere or states[i] in (_STARTED, _TIMEOUT)]
             stalled = 0 if suspects else stalled + 1
-            if stalled > 2 or len(group) == 1: suspects = lost # no item was running: the death follows from all or any
+            if stalled > 2 or (stalled and len(group) == 1): suspects = lost # no item was running: any can be the cause
             for i in suspects:
                 if len(group) == 1 or states[i] == _TIMEOUT: deaths[i] += 1
                 if deaths[i] > retries or (states[i] == _TIMEOUT and deaths[i] > 1):

@@ -11,6 +11,7 @@ __all__ = ['Batches', 'FitConfig', 'lr_at', 'Ema', 'CsvLog', 'NonFiniteLoss', 'F
 # %% ../nbs/08a_torchcore.ipynb #_all_
 import csv
 import io
+import itertools
 import math
 import os
 import signal
@@ -31,8 +32,9 @@ from .checkpoints import (Precision, WeightReport, autocast_for, checkpoint_path
                                    latest_checkpoint, load_checkpoint, load_foreign, load_weights, prune_checkpoints,
                                    save_checkpoint, seeded, torch_rng_for)
 from .config import Config
-from .core import (ConfigError, DataError, Journal, OnExists, atomic, check_output, fingerprint, human_time,
-                            is_quiet, lock, log, progress, read_csv, rng_for, sweep_temporary, write_json)
+from .core import (ConfigError, DataError, Journal, OnExists, OutputExists, atomic, check_output, fingerprint,
+                            human_time, is_quiet, lock, log, progress, read_csv, remove_tree, rng_for, sweep_temporary,
+                            write_json)
 
 _all_ = ["Precision", "WeightReport", "autocast_for", "checkpoint_path", "device_for", "latest_checkpoint",
          "load_checkpoint", "load_foreign", "load_weights", "prune_checkpoints", "save_checkpoint", "seeded",
@@ -193,10 +195,10 @@ class CsvLog:
         self.path = Path(path)
         self.rows: list[dict[str, str]] = []
         self.columns: list[str] = []
-        if upto and self.path.exists():
-            whole = self.path.read_bytes()
-            if not whole.endswith(b"\n"): # torn by a crash
-                with atomic(self.path) as t: t.write_bytes(whole[:whole.rfind(b"\n") + 1])
+        raw = self.path.read_bytes() if upto and self.path.exists() else b""
+        whole = raw[:raw.rfind(b"\n") + 1] # the rest was torn by a crash
+        if whole.strip():
+            with atomic(self.path) as t: t.write_bytes(whole)
             table = read_csv(self.path, ["step"])
             self.columns = list(table[0]) if table else []
             self.rows = [{k: v for k, v in r.items() if v} for r in table if int(r["step"]) <= upto]
@@ -293,6 +295,7 @@ def _accelerator(cfg: FitConfig) -> Any:
     AcceleratorState._reset_state(reset_partial_state=not several)
     GradientState._reset_state()
     device = device_for(cfg.device)
+    autocast_for(device, cfg.precision) # refuses what the device cannot do
     if device.type == "cuda": torch.cuda.set_device(device)
     mixed = "no" if cfg.precision == "fp32" else cfg.precision
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
@@ -320,7 +323,8 @@ class _Run:
     # ---- storage
     def snapshot(self) -> dict:
         s = self.state
-        return {"identity": self.identity, "step": s.step, "best": s.best, "stale": s.stale, "skips": s.skips,
+        return {"identity": self.identity, "per_epoch": self.per_epoch,
+                "step": s.step, "best": s.best, "stale": s.stale, "skips": s.skips,
                 "model": self.bare.state_dict(), "optimizer": self.raw_optimizer.state_dict(),
                 "ema": None if self.ema is None else {"shadow": self.ema.shadow, "updates": self.ema.updates},
                 "scaler": self.acc.scaler.state_dict() if self.acc.scaler is not None else None}
@@ -338,6 +342,10 @@ class _Run:
         if saved["identity"] != self.identity:
             raise DataError(f"{self.state.out_dir} holds a run with other settings (checkpoint {path.name}). Choose "
                             f"another folder, or start anew with on_exists='overwrite' (--on-exists overwrite)")
+        if saved["per_epoch"] != self.per_epoch:
+            raise DataError(f"{self.state.out_dir} holds a run with {saved['per_epoch']} steps an epoch, now there are "
+                            f"{self.per_epoch}: the data or the batch size changed. Choose another folder, or start "
+                            f"anew with on_exists='overwrite' (--on-exists overwrite)")
         load_weights(self.bare, saved["model"])
         self.raw_optimizer.load_state_dict(saved["optimizer"])
         if self.ema is not None:
@@ -365,28 +373,31 @@ class _Run:
         for g, base in zip(self.raw_optimizer.param_groups, self.base_lrs): g["lr"] = lr*base
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
+        buffers = [(b, b.clone()) for b in self.bare.buffers()] # running statistics, in case the step is left out
         for n, (_, batch) in enumerate(parts):
             last = n == len(parts) - 1
             with nullcontext() if last else self.acc.no_sync(self.model), self.acc.autocast():
                 out = self.loss(self.model, to_device(batch, s.device))
                 numbers = dict(out) if isinstance(out, Mapping) else {"loss": out}
                 value = numbers["loss"]
-            if self.mean([float(torch.isfinite(value))])[0] < 1: return self.skip(parts)
+            if self.mean([float(torch.isfinite(value))])[0] < 1: return self.skip(parts, buffers)
             self.acc.backward(value/len(parts))
-            for k, v in numbers.items(): sums[k] = sums.get(k, 0.0) + float(v)/len(parts)
-        norm = None
-        if cfg.clip_norm is not None: norm = float(self.acc.clip_grad_norm_(self.model.parameters(), cfg.clip_norm))
-        if norm is not None and self.acc.scaler is None and not math.isfinite(norm): return self.skip(parts)
+            for k, v in numbers.items():
+                sums[k] = sums.get(k, 0.0) + float(v.detach() if isinstance(v, torch.Tensor) else v)/len(parts)
+        norm = float(self.acc.clip_grad_norm_(self.model.parameters(), cfg.clip_norm or math.inf))
+        if self.acc.scaler is None and not math.isfinite(norm): return self.skip(parts, buffers)
         self.optimizer.step()
         if self.ema is not None: self.ema.update(self.bare)
         s.step += 1
         names = list(sums)
         out = dict(zip(names, self.mean([sums[k] for k in names])))
-        return {**out, "lr": lr, **({} if norm is None else {"grad_norm": norm})}
+        return {**out, "lr": lr, **({} if cfg.clip_norm is None else {"grad_norm": norm})}
 
-    def skip(self, parts: list[tuple[list[int], Any]]) -> None:
+    @torch.no_grad()
+    def skip(self, parts: list[tuple[list[int], Any]], buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         s = self.state
         self.optimizer.zero_grad(set_to_none=True)
+        for now, before in buffers: now.copy_(before)
         s.skips += 1
         names = getattr(self.batches.dataset, "keys", None)
         items = [str(names[i]) if isinstance(names, Sequence) else str(i) for indices, _ in parts for i in indices]
@@ -413,7 +424,8 @@ class _Run:
                     if cfg.monitor not in found:
                         raise ConfigError(f"monitor: {cfg.monitor!r} is not among the validation's numbers {names}")
                     value = found[cfg.monitor]
-                    better = s.best is None or (value < s.best if cfg.mode == "min" else value > s.best)
+                    sign = 1 if cfg.mode == "min" else -1
+                    better = not math.isnan(value) and (s.best is None or sign*value < sign*s.best)
                     s.stale = 0 if better else s.stale + 1
                     if better:
                         s.best = value
@@ -431,25 +443,42 @@ def _tensorboard(folder: Path, wanted: bool) -> Any:
     return SummaryWriter(str(folder/"tensorboard"))
 
 @contextmanager
-def _stop_politely() -> Iterator[None]:
-    "Let SIGTERM, with which cluster queues end a job, act like Ctrl-C"
+def _stop_politely() -> Iterator[list[int]]:
+    "Collect Ctrl-C and SIGTERM, with which cluster queues end a job, for the end of the step; the second acts at once"
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    def stop(*_): raise KeyboardInterrupt
-    old = signal.signal(signal.SIGTERM, stop)
+    here, several = os.getpid(), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    def stop(number: int, _) -> None:
+        if os.getpid() != here and number == signal.SIGINT: return # a loading process: its parent decides
+        if os.getpid() != here or several or asked: raise KeyboardInterrupt
+        asked.append(number)
+    old = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try: yield asked
+    finally:
+        for n, handler in old.items(): signal.signal(n, handler or signal.SIG_DFL)
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    "Take back the mixed-precision wrapper that accelerate leaves around `forward`"
+    own = vars(model).get("forward")
     try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    finally:
+        for k in ("forward", "_original_forward"): vars(model).pop(k, None)
+        if own is not None: model.forward = own
 
 def _clear(out_dir: Path) -> None:
-    "Remove what an earlier run left in its folder: checkpoints, log and weights, nothing else"
+    "Remove what an earlier run left in its folder: checkpoints, logs and weights, nothing else"
     for p in [*out_dir.glob("checkpoints/step-*.safetensors"), *out_dir.glob("*.safetensors")]: p.unlink()
-    (out_dir/"log.csv").unlink(missing_ok=True)
+    for name in ("log.csv", "tensorboard"): remove_tree(out_dir/name)
 
 # %% ../nbs/08a_torchcore.ipynb #_loop
-def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float, desc: str) -> bool:
-    "Steps from where the run is to `until`; True if the run is complete"
+def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float, desc: str, asked: list) -> bool:
+    "Steps from where the run is to `until`, or until a signal has asked to stop; True if the run is complete"
     cfg, s = run.cfg, run.state
+    is_stale = lambda: cfg.patience is not None and s.stale >= cfg.patience
+    if is_stale(): return True
     every = cfg.checkpoint_every or run.per_epoch
     check_every = cfg.validate_every or run.per_epoch
     run.model.train()
@@ -458,8 +487,8 @@ def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float,
         s.epoch, position = divmod(s.step, run.per_epoch)
         stream = run.batches.epoch(s.epoch, position*cfg.accumulate, s.rank, s.world)
         while position < run.per_epoch and s.step < until:
-            parts = [p for p, _ in zip(stream, range(cfg.accumulate))]
-            if not parts: break
+            parts = list(itertools.islice(stream, cfg.accumulate))
+            if not parts: raise DataError(f"batches: epoch {s.epoch} ended after {position} of {run.per_epoch} steps")
             with seeded(cfg.seed, "step", s.step, s.rank): numbers = run.step(parts)
             if numbers is None:
                 s.step += 1 # the position moves on, or the same batch would come again for ever
@@ -476,12 +505,12 @@ def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float,
             if board is not None:
                 for k, v in numbers.items(): board.add_scalar(k, v, s.step)
             run.tell("step")
-            ended = cfg.patience is not None and s.stale >= cfg.patience
-            if s.step % every == 0 or s.step == until or ended: run.save()
-            if ended:
+            if s.step % every == 0 or s.step == until or is_stale() or asked: run.save()
+            if asked: raise KeyboardInterrupt
+            if is_stale():
                 log.info("stopped at step %d: %s did not improve in %d validations", s.step, cfg.monitor, cfg.patience)
                 return True
-        run.tell("epoch")
+        if position == run.per_epoch: run.tell("epoch")
     if s.step >= s.total: log.info("%d steps in %s", s.total, human_time(time.monotonic() - begin))
     return s.step >= s.total
 
@@ -508,9 +537,12 @@ def fit(
     free = {"epochs", "steps"} if cfg.schedule == "constant" else set()
     free |= {"keep", "checkpoint_every", "device", "tensorboard"}
     identity = fingerprint([cfg.model_dump(mode="json", exclude=free), config])
-    with lock(out_dir) if main else nullcontext(), _stop_politely(), seeded(cfg.seed, "fit"):
+    with (lock(out_dir) if main else nullcontext(), _stop_politely() as asked, _own_forward(model),
+          seeded(cfg.seed, "fit")):
         if main:
             if on_exists != "skip": check_output(out_dir, on_exists)
+            if out_dir.exists() and not out_dir.is_dir():
+                raise OutputExists(f"output {out_dir} is a file, a folder is needed. Choose another name")
             (out_dir/"checkpoints").mkdir(parents=True, exist_ok=True)
             for folder in (out_dir, out_dir/"checkpoints"): sweep_temporary(folder)
             if on_exists == "overwrite": _clear(out_dir)
@@ -522,9 +554,9 @@ def fit(
             write_json(out_dir/"fit.json", {"identity": identity, "fit": cfg, "config": config})
             table = CsvLog(out_dir/"log.csv", upto=s.step)
             board = _tensorboard(out_dir, cfg.tensorboard)
-        try: done = _loop(run, table, board, min(s.total, stop_at or s.total), begin, desc)
+        until = s.total if stop_at is None else min(s.total, stop_at)
+        try: done = _loop(run, table, board, until, begin, desc, asked)
         except KeyboardInterrupt:
-            if s.step and not s.world > 1: run.save()
             log.warning("interrupted at step %d; run the same command again to go on", s.step)
             raise
         finally:

@@ -145,12 +145,18 @@ def _pack(value: Any) -> bytes | str:
 def _run_packed(f: bytes, item: bytes | str, index: int, marks: str | None, timeout: float | None
                 ) -> tuple[int, bool, Any]:
     "Run one item elsewhere: pickling is part of its work, so that what does not pickle is an error of this item alone"
-    def work(packed: bytes | str) -> bytes:
-        if isinstance(packed, str): raise TypeError(f"the item cannot be sent to a process ({packed})")
-        out = _pack(pickle.loads(f)(pickle.loads(packed)))
+    if marks is not None: _mark(marks, index, _STARTED)
+    def load() -> tuple[Callable, Any]: # imports count as start-up, not as time of the item
+        if isinstance(item, str): raise TypeError(f"the item cannot be sent to a process ({item})")
+        return pickle.loads(f), pickle.loads(item)
+    _, ok, loaded = _run_one(lambda _: load(), None, index, None, None)
+    def work(given: Any) -> bytes:
+        out = _pack(loaded[0](given))
         if isinstance(out, str): raise TypeError(f"the result cannot be sent back from a process ({out})")
         return out
-    return _run_one(work, item, index, marks, timeout)
+    if ok: return _run_one(work, loaded[1], index, marks, timeout)
+    if marks is not None: _mark(marks, index, _DONE)
+    return index, False, loaded
 
 def _unpacked(index: int, ok: bool, value: Any) -> tuple[int, bool, Any]:
     if not ok: return index, ok, value

@@ -17,9 +17,9 @@
 
 # %%
 #| export
+import contextlib
 import os
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,8 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import DataError, FormatError, MissingFile, OnExists, atomic, check_output, human_bytes
+from medvol_nb.core import (DataError, FormatError, MedvolError, MissingFile, OnExists, atomic, check_output,
+                            human_bytes)
 from medvol_nb.geometry import Volume, affine_from
+from medvol_nb.nifti import MAX_BYTES
 
 # %%
 import matplotlib.pyplot as plt
@@ -38,6 +40,43 @@ from medvol_nb.core import close, raises, tmpdir
 from medvol_nb.geometry import same_grid, to_world
 
 # %% [markdown]
+# ## Files are untrusted
+# Damaged or hostile metadata makes the libraries below raise a dozen kinds of errors, few of which say which file it
+# was. `as_format_error` turns them into one that does. And a store of a few bytes can announce a petabyte, so whatever
+# is to be loaded is compared with a budget first.
+
+# %%
+#| export
+@contextlib.contextmanager
+def as_format_error(
+    where: str, # file or store, for the message
+    what: str = "damaged", # what is wrong if anything is raised
+) -> Iterator[None]:
+    "Whatever a library raises in the block becomes a `FormatError` with its place; our own errors keep their kind"
+    try: yield
+    except MedvolError as e:
+        if where in str(e): raise
+        raise type(e)(f"{where}: {e}") from None
+    except Exception as e: raise FormatError(f"{where}: {what} ({type(e).__name__}: {e})") from None
+
+def check_budget(
+    shape: Sequence[int], # of the array to be loaded
+    dtype: Any, # its number type
+    where: str, # file or store, for the message
+    max_bytes: int = MAX_BYTES, # refuse larger arrays [byte]
+) -> None:
+    "Refuse to load an array that is too large, before memory is taken"
+    size = int(np.prod([int(n) for n in shape], dtype=object))*np.dtype(dtype).itemsize
+    if size > max_bytes:
+        raise DataError(f"{where}: {human_bytes(size)} ({' x '.join(map(str, shape))}) is more than the budget of "
+                        f"{human_bytes(max_bytes)}. Read a part of it, or set MEDVOL_MAX_BYTES")
+
+# %%
+with raises(FormatError, match=r"a.zarr: damaged \(KeyError: 'shape'\)"):
+    with as_format_error("a.zarr"): {}["shape"]
+with raises(DataError, match="TiB .* is more than the budget"): check_budget((10**6,)*3, "u2", "a.zarr")
+
+# %% [markdown]
 # ## Where is it, how large is a voxel
 # Attributes are words from outside. Our own are checked as strictly as a header; the known ones of other tools are read
 # with their units, and a name that says nothing about units is not guessed at.
@@ -45,14 +84,15 @@ from medvol_nb.geometry import same_grid, to_world
 # %%
 #| export
 _TO_MM = MappingProxyType({"m": 1e3, "meter": 1e3, "cm": 10.0, "centimeter": 10.0, "mm": 1.0, "millimeter": 1.0,
-                           "um": 1e-3, "µm": 1e-3, "micrometer": 1e-3, "micron": 1e-3, "nm": 1e-6, "nanometer": 1e-6})
+                           "um": 1e-3, "µm": 1e-3, "micrometer": 1e-3, "micron": 1e-3, "nm": 1e-6, "nanometer": 1e-6,
+                           "angstrom": 1e-7})
 _SIZE_KEYS = MappingProxyType({"spacing_mm": 1.0, "voxel_size_mm": 1.0, "element_size_um": 1e-3, "voxel_size_um": 1e-3,
                                "voxel_size_nm": 1e-6, "resolution_nm": 1e-6, "resolution_um": 1e-3})
 
 def _numbers(value: Any, n: int, where: str) -> np.ndarray:
     try: out = np.array(value, np.float64)
     except (TypeError, ValueError): out = np.array([])
-    if out.size != n or not np.isfinite(out).all():
+    if out.shape not in ((n,), (4, n//4)) or not np.isfinite(out).all():
         raise FormatError(f"{where}: must be {n} numbers, got {str(value)[:80]}")
     return out
 
@@ -60,8 +100,10 @@ def _place(attrs: Mapping, ndim: int, where: str) -> tuple[str, np.ndarray, list
     "Axes, affine and notes from the attributes of an array"
     default = ("zyx" if ndim == 3 else "czyx")
     axes = attrs.get("axes", attrs.get("_ARRAY_DIMENSIONS", default))
-    axes = "".join(axes).lower() if isinstance(axes, (list, tuple)) and all(isinstance(a, str) for a in axes) else axes
-    if not isinstance(axes, str) or len(axes) != ndim: axes = default
+    if isinstance(axes, (list, tuple)) and all(isinstance(a, str) for a in axes): axes = "".join(axes)
+    axes = axes.lower() if isinstance(axes, str) and len(axes) == ndim else default
+    if sorted(axes.removeprefix("c")) != list("xyz"):
+        raise FormatError(f"{where}: axes are {axes!r}, must be x, y, z in any order, with 'c' in front for channels")
     if "affine" in attrs: return axes, _numbers(attrs["affine"], 16, f"{where}: affine").reshape(4, 4), []
     for key, factor in _SIZE_KEYS.items():
         if key in attrs:
@@ -89,8 +131,8 @@ def _scale_and_shift(transforms: Any, n: int, where: str) -> tuple[np.ndarray, n
         elif t.get("type") != "identity": raise FormatError(f"{where}: transformation {t.get('type')!r} is not known")
     return scale, shift
 
-def _ome_level(image: Mapping, level: int, where: str) -> tuple[str, str, np.ndarray]:
-    "Path, axes and affine of one resolution level of a multiscale image"
+def _ome_level(image: Mapping, level: int, where: str) -> tuple[str, str, np.ndarray, list[tuple[str, str]]]:
+    "Path, axes, affine and notes of one resolution level of a multiscale image"
     sets = image.get("datasets")
     if not isinstance(sets, list) or not sets: raise FormatError(f"{where}: multiscales without datasets")
     if not 0 <= level < len(sets): raise DataError(f"{where}: level {level} was asked for, it has 0 to {len(sets) - 1}")
@@ -98,21 +140,25 @@ def _ome_level(image: Mapping, level: int, where: str) -> tuple[str, str, np.nda
     names = [a.get("name") if isinstance(a, Mapping) else a for a in axes]
     if not all(isinstance(a, str) for a in names): raise FormatError(f"{where}: axes have no names")
     names = [a.lower() for a in names]
-    units = [a.get("unit") if isinstance(a, Mapping) else None for a in axes]
     scale, shift = _scale_and_shift(sets[level].get("coordinateTransformations"), len(names), where)
     scale2, shift2 = _scale_and_shift(image.get("coordinateTransformations"), len(names), where)
     scale, shift = scale*scale2, shift*scale2 + shift2
-    mm = np.array([_TO_MM.get(str(u).lower(), 1.0) if u else 1.0 for u in units])
     space = [k for k, a in enumerate(names) if a in "xyz"]
-    if len(space) != 3 or not set(names) <= set("tcxyz"): raise FormatError(f"{where}: axes {names} are not x, y, z")
-    sizes, origin = (scale*mm)[space], np.zeros(3)
+    if sorted(names[k] for k in space) != list("xyz") or not set(names) <= set("tcxyz"):
+        raise FormatError(f"{where}: axes {names} are not x, y, z")
+    units = [str(axes[k].get("unit") or "").lower() if isinstance(axes[k], Mapping) else "" for k in space]
+    for u in units:
+        if u and u not in _TO_MM: raise FormatError(f"{where}: length unit {u!r} is not known")
+    notes = [] if all(units) else [("W207", "the store has no length unit, taken as millimetres")]
+    mm = np.array([_TO_MM.get(u, 1.0) for u in units])
+    sizes, origin = scale[space]*mm, np.zeros(3)
     if sizes.min() <= 0: raise FormatError(f"{where}: scale must be > 0, got {scale.tolist()}")
     kept = "".join(names[k] for k in space)
-    for k in space: origin["xyz".index(names[k])] = (shift*mm)[k]
+    for a, o in zip(kept, shift[space]*mm): origin["xyz".index(a)] = o
     path = sets[level].get("path")
     if not isinstance(path, str) or ".." in path.split("/"):
         raise FormatError(f"{where}: dataset path {path!r} is not valid")
-    return path, "".join(names), affine_from(sizes, origin, kept)
+    return path, "".join(names), affine_from(sizes, origin, kept), notes
 
 # %%
 #| export
@@ -147,15 +193,20 @@ def open_zarr(
     where = str(path)
     if not store.exists(): raise MissingFile(f"{store} does not exist")
     if not store.is_dir(): raise FormatError(f"{where}: a zarr store is a folder")
-    try: node = zarr.open(str(store), path=name or None, mode="r")
-    except (FileNotFoundError, KeyError): raise MissingFile(f"{where}: there is no zarr array or group") from None
-    except Exception as e: raise FormatError(f"{where}: damaged zarr metadata ({type(e).__name__}: {e})") from None
+    with as_format_error(where, "damaged zarr metadata"):
+        try: node = zarr.open(str(store), path=name or None, mode="r")
+        except (FileNotFoundError, KeyError): raise MissingFile(f"{where}: there is no zarr array or group") from None
+        return _zarr_volume(node, store, name, level, where)
+
+def _zarr_volume(node: Any, store: Path, name: str, level: int, where: str) -> Volume:
+    "The volume that an open array or group holds"
+    import zarr
     attrs: dict = dict(node.attrs)
     if isinstance(node, zarr.Group):
         ome = attrs.get("ome", attrs)
         images = ome.get("multiscales") if isinstance(ome, Mapping) else None
         if images:
-            inner, names, affine = _ome_level(images[0], level, where)
+            inner, names, affine, notes = _ome_level(images[0], level, where)
             if inner not in node:
                 raise FormatError(f"{where}: level {level} names the array {inner!r}, which does not exist")
             array = _check_array(node[inner], where)
@@ -163,7 +214,7 @@ def open_zarr(
             data, axes = _drop_single(array, names, where)
             if axes[0] != "c" and "c" in axes:
                 raise DataError(f"{where}: channels are not in front (axes {axes}). Rewrite it with channels first")
-            meta = {"path": where, "notes": (), "levels": len(images[0]["datasets"])}
+            meta = {"path": where, "notes": tuple(notes), "levels": len(images[0]["datasets"])}
             return Volume(data, affine, axes, MappingProxyType(meta))
         arrays = sorted(k for k, _ in node.arrays())
         if len(arrays) != 1:
@@ -178,11 +229,11 @@ def open_zarr(
     if array.ndim not in (3, 4):
         raise DataError(f"{where}: {array.ndim} dimensions, a volume has 3, or 4 with channels")
     axes, affine, notes = _place(attrs, array.ndim, where)
-    try: return Volume(array, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes), "levels": 1}))
-    except DataError as e: raise FormatError(f"{where}: {e}") from None
+    return Volume(array, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes), "levels": 1}))
 
 def _check_array(array: Any, where: str) -> Any:
     "Refuse types we cannot use and chunks no machine could hold, before anything is decoded"
+    if not hasattr(array, "chunks"): raise FormatError(f"{where}: a group where an array is expected")
     dtype = np.dtype(array.dtype)
     if dtype.kind not in "biuf": raise DataError(f"{where}: holds {dtype} values, only real numbers are supported")
     chunk = int(np.prod(getattr(array, "shards", None) or array.chunks, dtype=object))*dtype.itemsize
@@ -198,9 +249,17 @@ def _check_array(array: Any, where: str) -> Any:
 
 # %%
 #| export
-def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int]) -> tuple[int, ...]:
-    wanted = np.broadcast_to(np.asarray(chunks), (3,))
-    return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, shape[-3:]))
+def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int], shards: Sequence[int] | None = None
+                ) -> tuple[int, ...]:
+    "Chunk of an array of this shape: no larger than the array, unless it has to divide the shards"
+    wanted = np.asarray(chunks)
+    if wanted.shape not in ((), (3,)) or wanted.dtype.kind not in "iu" or wanted.min() < 1:
+        raise DataError(f"chunks: must be one size or three, each >= 1, got {chunks}")
+    wanted = np.broadcast_to(wanted, (3,))
+    if shards is not None and (len(shards) != 3 or min(shards) < 1 or any(s % c for s, c in zip(shards, wanted))):
+        raise DataError(f"shards: must be three multiples of the chunk {tuple(wanted.tolist())}, got {shards}")
+    most = shape[-3:] if shards is None else shards
+    return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, most))
 
 def create_array(
     group: Any, # open zarr group
@@ -243,14 +302,17 @@ def write_zarr(
 ) -> Path: # `path`
     "Write one array with its axes and affine, checksummed and all at once"
     path = Path(path)
+    if version not in (2, 3): raise DataError(f"version: must be 2 or 3, got {version}")
+    if shards is not None and version == 2: raise DataError("shards: exist in version 3 of zarr only")
+    sizes = _chunks_for(vol.data.shape, chunks, shards)
     if not check_output(path, on_exists): return path
     import zarr
     with atomic(path, folder=True) as t:
         where = {"axes": list(vol.axes), "affine": vol.affine.tolist(), "affine_maps": "stored index to RAS+ mm"}
         group = zarr.create_group(str(t), zarr_format=version)
         lead = (1,)*(len(vol.axes) - 3)
-        array = create_array(group, name, vol.data.shape, vol.dtype, _chunks_for(vol.data.shape, chunks),
-                             attributes=where, shards=None if shards is None else (*lead, *shards))
+        array = create_array(group, name, vol.data.shape, vol.dtype, sizes, attributes=where,
+                             shards=None if shards is None else (*lead, *shards))
         _fill(array, vol)
     return path
 
@@ -263,7 +325,8 @@ def downsample2(
     "Next level of a pyramid: mean of 2 x 2 x 2 voxels, or their first for labels"
     if labels: return data[..., ::2, ::2, ::2]
     pad = [(0, 0)]*(data.ndim - 3) + [(0, n % 2) for n in data.shape[-3:]]
-    total = np.pad(data, pad, mode="edge").astype(np.float32 if data.dtype.itemsize < 8 else np.float64)
+    exact = np.float32 if data.dtype.itemsize < 4 or data.dtype == np.float32 else np.float64
+    total = np.pad(data, pad, mode="edge").astype(exact)
     for axis in (-3, -2, -1):
         a, b = ((slice(None),)*(total.ndim + axis) + (slice(k, None, 2),) for k in (0, 1))
         total = total[a] + total[b]
@@ -286,6 +349,9 @@ def write_ome_zarr(
     if vol.spatial_axes != "zyx":
         raise DataError(f"OME-Zarr holds zyx volumes, got {vol.axes}. Use to_axes(vol, 'zyx')")
     if unit not in _TO_MM: raise DataError(f"unit: must be one of {sorted(_TO_MM)}, got {unit!r}")
+    if version not in ("0.4", "0.5"): raise DataError(f"version: must be '0.4' or '0.5', got {version!r}")
+    if levels < 1: raise DataError(f"levels: must be >= 1, got {levels}")
+    _chunks_for(vol.data.shape, chunks)
     if not np.allclose(vol.affine, affine_from(vol.spacing, vol.affine[:3, 3], "zyx"), atol=1e-6*max(vol.spacing)):
         raise DataError("OME-Zarr has no rotations or flips: this volume's axes do not run along the world axes. "
                         "Use reorient(vol, 'RAS') or resample_to first")
@@ -353,8 +419,9 @@ with tmpdir() as d:
 
 # %% [markdown]
 # ## HDF5 and NumPy
-# HDF5 data sets get a Fletcher-32 checksum and gzip, which every HDF5 build reads. NumPy files hold numbers only:
-# pickled objects are refused, and there is no place in the world to be had from them.
+# HDF5 data sets get a Fletcher-32 checksum and gzip, which every HDF5 build since 1.10 reads. That version also keeps
+# checksums of its metadata; what h5py writes by default has none, and a flipped bit in the affine would move the volume
+# unnoticed. NumPy files hold numbers only: pickled objects are refused, and a bare array has no place in the world.
 
 # %%
 #| export
@@ -368,7 +435,7 @@ def open_hdf5(
     if not file.exists(): raise MissingFile(f"{file} does not exist")
     try: f = h5py.File(file, "r")
     except OSError as e: raise FormatError(f"{where}: not a readable HDF5 file ({e})") from None
-    with f:
+    with f, as_format_error(where, "damaged HDF5 file"):
         found: list[str] = []
         f.visititems(lambda k, v: found.append(k) if isinstance(v, h5py.Dataset) and v.ndim in (3, 4) else None)
         if not name and len(found) != 1:
@@ -378,13 +445,14 @@ def open_hdf5(
         if name not in found:
             raise MissingFile(f"{where}: no 3-D data set {name!r}, found {', '.join(sorted(found)[:8]) or 'none'}")
         dataset = f[name]
-        attrs = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in {**f.attrs, **dataset.attrs}.items()}
+        attrs = {k: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v
+                 for k, v in {**f.attrs, **dataset.attrs}.items()}
+        attrs = {k: v.decode("ascii") if isinstance(v, bytes) else v for k, v in attrs.items()}
         if dataset.dtype.kind not in "biuf":
             raise DataError(f"{where}: holds {dataset.dtype} values, only real numbers are supported")
         axes, affine, notes = _place(attrs, dataset.ndim, where)
-        try: data = dataset[...]
-        except OSError as e: raise FormatError(f"{where}: damaged data ({e})") from None
-    return Volume(data, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes)}))
+        check_budget(dataset.shape, dataset.dtype, where)
+        return Volume(dataset[...], affine, axes, MappingProxyType({"path": where, "notes": tuple(notes)}))
 
 def write_hdf5(
     vol: Volume, # any axes
@@ -397,12 +465,13 @@ def write_hdf5(
     "Write a volume to an HDF5 file with gzip and checksums, atomically"
     import h5py
     path = Path(path)
+    sizes = _chunks_for(vol.data.shape, chunks)
     if not check_output(path, on_exists): return path
-    with atomic(path) as t, h5py.File(t, "w", track_order=False) as f:
-        dataset = f.create_dataset(name, vol.data.shape, vol.dtype, chunks=_chunks_for(vol.data.shape, chunks),
+    with atomic(path) as t, h5py.File(t, "w", track_order=False, libver=("v110", "v110")) as f:
+        dataset = f.create_dataset(name, vol.data.shape, vol.dtype, chunks=sizes,
                                    compression="gzip", compression_opts=1, shuffle=True, fletcher32=True,
                                    track_times=False)
-        dataset.attrs["axes"], dataset.attrs["affine"] = vol.axes, vol.affine.ravel()
+        dataset.attrs["axes"], dataset.attrs["affine"] = np.bytes_(vol.axes), vol.affine.ravel()
         _fill(dataset, vol)
     return path
 
@@ -414,22 +483,28 @@ def read_numpy(
     "Read a volume from a NumPy file; without an affine, 1 mm voxels are assumed"
     path = Path(path)
     if not path.exists(): raise MissingFile(f"{path} does not exist")
-    try: content = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e: raise FormatError(f"{path}: not a readable NumPy file ({e})") from None
-    packed = not isinstance(content, np.ndarray)
-    try:
-        if packed and "data" not in content: raise FormatError(f"{path}: has no entry 'data', found {sorted(content)}")
-        data = content["data"] if packed else content
-        attrs = {}
-        if packed and "affine" in content: attrs["affine"] = content["affine"]
-        axes = str(content["axes"]) if packed and "axes" in content else "cxyz"[-data.ndim:]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise FormatError(f"{path}: damaged ({e})") from None
-    if data.dtype.kind not in "biuf":
-        raise DataError(f"{path}: holds {data.dtype} values, only real numbers are supported")
-    if data.ndim not in (3, 4): raise DataError(f"{path}: {data.ndim} dimensions, a volume has 3, or 4 with channels")
-    axes, affine, notes = _place({**attrs, "axes": axes}, data.ndim, str(path))
-    return Volume(data, affine, axes, MappingProxyType({"path": str(path), "notes": tuple(notes)}))
+    with as_format_error(str(path), "not a readable NumPy file"):
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        attrs: dict = {}
+        if isinstance(content, np.ndarray): data = content
+        else:
+            with content, open(path, "rb") as f:
+                f.seek(-12 - len(content.zip.comment), os.SEEK_END)
+                if len(content.zip.infolist()) != int.from_bytes(f.read(2), "little"):
+                    raise FormatError(f"{path}: damaged, entries are missing")
+                for entry in content.zip.infolist():
+                    check_budget((entry.file_size,), np.uint8, str(path))
+                    content.zip.open(entry).close() # its name is there twice, and they must agree
+                if "data" not in content: raise FormatError(f"{path}: has no entry 'data', found {sorted(content)}")
+                data = content["data"]
+                attrs = {k: content[k].tolist() for k in ("affine", "axes") if k in content}
+        if data.dtype.kind not in "biuf":
+            raise DataError(f"{path}: holds {data.dtype} values, only real numbers are supported")
+        if data.ndim not in (3, 4):
+            raise DataError(f"{path}: {data.ndim} dimensions, a volume has 3, or 4 with channels")
+        check_budget(data.shape, data.dtype, str(path))
+        axes, affine, notes = _place({"axes": "cxyz"[-data.ndim:], **attrs}, data.ndim, str(path))
+        return Volume(np.array(data), affine, axes, MappingProxyType({"path": str(path), "notes": tuple(notes)}))
 
 def write_numpy(
     vol: Volume, # any axes

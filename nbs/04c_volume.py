@@ -35,7 +35,8 @@ from medvol_nb.geometry import (Volume, # noqa: F401
                                 affine_from, corner_displacement, crop, locate_crop, orientation_of, reorient,
                                 resample, resample_to, same_grid, to_axes, to_index, to_world)
 from medvol_nb.nifti import MAX_BYTES, header_notes, read_nifti, read_nifti_header, write_nifti
-from medvol_nb.stores import open_hdf5, open_zarr, read_numpy, write_hdf5, write_numpy, write_zarr
+from medvol_nb.stores import (as_format_error, check_budget, open_hdf5, open_zarr, read_numpy, write_hdf5, write_numpy,
+                              write_zarr)
 
 _all_ = ["Volume", "affine_from", "corner_displacement", "crop", "locate_crop", "orientation_of", "reorient",
          "resample", "resample_to", "same_grid", "to_axes", "to_index", "to_world"]
@@ -82,9 +83,7 @@ def read_itk(
     "Read a file of the ITK family (needs the `io` extra)"
     sitk = optional("SimpleITK", extra="io")
     reader = _open_itk(path)
-    size = int(np.prod(reader.GetSize(), dtype=object))*reader.GetNumberOfComponents()
-    if size > max_bytes:
-        raise DataError(f"{path}: its header announces {size} values, more than the budget of {max_bytes}")
+    check_budget((*reader.GetSize(), reader.GetNumberOfComponents()), _itk_type(reader), str(path), max_bytes)
     try: img = reader.Execute()
     except RuntimeError as e: raise FormatError(f"{path}: damaged ({str(e).strip().splitlines()[-1]})") from None
     data = sitk.GetArrayFromImage(img).T
@@ -104,7 +103,9 @@ def write_itk(
         raise DataError(f"{path}: ITK holds xyz volumes, got {vol.axes}. Use to_axes(vol, 'xyz')")
     if not check_output(path, on_exists): return path
     data = np.asarray(vol.data[...])
-    data = data.astype(np.uint8) if data.dtype == np.bool_ else data
+    kind = {"?": "u1", "e": "f4"}.get(data.dtype.char, data.dtype.str[1:])
+    if kind[0] not in "iuf" or int(kind[1:]) > 8: raise DataError(f"{path}: ITK files cannot hold {data.dtype} voxels")
+    data = data.astype(kind, copy=False)
     img = sitk.GetImageFromArray(np.ascontiguousarray(data.T), isVector=vol.channels is not None)
     affine, zooms = _LPS @ vol.affine, np.array(vol.spacing)
     img.SetSpacing(zooms.tolist())
@@ -122,7 +123,7 @@ def write_itk(
 # %%
 #| export
 def _slice_places(files: list[str], where: str) -> np.ndarray:
-    "Position of each slice along the normal of the first, with all slices required to agree in orientation and size"
+    "Position of each slice along the normal of the first; all must agree in size and orientation and lie upright"
     pydicom = optional("pydicom", extra="io")
     tags = ["ImagePositionPatient", "ImageOrientationPatient", "Rows", "Columns", "PixelSpacing"]
     heads = [pydicom.dcmread(f, stop_before_pixels=True, specific_tags=tags) for f in files]
@@ -136,8 +137,22 @@ def _slice_places(files: list[str], where: str) -> np.ndarray:
             raise DataError(f"{where}: slices differ in size, {Path(file).name} has {head.Rows} x {head.Columns}")
         if np.abs(np.array(head.ImageOrientationPatient, float) - orientation).max() > 1e-3:
             raise DataError(f"{where}: slices differ in orientation, first at {Path(file).name}")
+        if np.abs(np.array(head.PixelSpacing, float) - np.array(first.PixelSpacing, float)).max() > 1e-4:
+            raise DataError(f"{where}: slices differ in pixel size, first at {Path(file).name}")
     normal = np.cross(orientation[:3], orientation[3:])
-    return np.array([float(normal @ np.array(h.ImagePositionPatient, float)) for h in heads])
+    places = np.array([h.ImagePositionPatient for h in heads], float)
+    sideways = (places - places[0]) @ orientation.reshape(2, 3).T
+    if np.abs(sideways).max() > 0.1*min(float(v) for v in first.PixelSpacing):
+        raise DataError(f"{where}: slices are shifted sideways by up to {np.abs(sideways).max():.3g} mm (tilted gantry). "
+                        f"Straighten the series first, such as with dcm2niix")
+    return places @ normal
+
+def _thickness(file: str) -> float | None:
+    "Height of a slice [mm] as its header says; None if it does not"
+    tags = ["SpacingBetweenSlices", "SliceThickness"]
+    head = optional("pydicom", extra="io").dcmread(file, stop_before_pixels=True, specific_tags=tags)
+    found = [float(head.get(t) or 0) for t in tags]
+    return next((v for v in found if np.isfinite(v) and v > 0), None)
 
 def read_dicom(
     path: str | os.PathLike, # folder with the slices of one series
@@ -170,8 +185,11 @@ def read_dicom(
     try: img = reader.Execute()
     except RuntimeError as e:
         raise FormatError(f"{where}: damaged series ({str(e).strip().splitlines()[-1]})") from None
-    return Volume(sitk.GetArrayFromImage(img).T, _itk_affine(img), "xyz",
-                  MappingProxyType({"path": where, "notes": (), "series": series}))
+    affine = _itk_affine(img)
+    if img.GetSize()[2] == 1: affine[:3, 2] *= (_thickness(files[0]) or 1.0)/img.GetSpacing()[2]
+    data = sitk.GetArrayFromImage(img).T
+    if data.ndim != 3: raise DataError(f"{where}: holds colour images, only real numbers are supported")
+    return Volume(data, affine, "xyz", MappingProxyType({"path": where, "notes": (), "series": series}))
 
 # %% [markdown]
 # ## The registry
@@ -226,7 +244,9 @@ def read_volume(
 ) -> Volume: # stored axes and number type
     "Read a volume of any supported format with its place in the world"
     vol = format_of(path).read(path, **options)
-    return vol if lazy or isinstance(vol.data, np.ndarray) else vol.load()
+    if lazy or isinstance(vol.data, np.ndarray): return vol
+    check_budget(vol.data.shape, vol.dtype, str(path))
+    with as_format_error(str(path), "damaged data"): return vol.load()
 
 def write_volume(
     vol: Volume, # any axes; brought into the order the format demands
@@ -267,6 +287,8 @@ def read_header(
 def _itk_type(reader: Any) -> str:
     "NumPy name of the pixel type, such as 'uint8'"
     text = optional("SimpleITK", extra="io").GetPixelIDValueAsString(reader.GetPixelID())
+    if "integer" not in text and "float" not in text or "complex" in text:
+        raise DataError(f"{reader.GetFileName()}: holds {text} voxels, only real numbers are supported")
     bits = text.removeprefix("vector of ").split("-")[0]
     return f"{'float' if 'float' in text else 'uint' if 'unsigned' in text else 'int'}{bits}"
 

@@ -16,12 +16,13 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medvol_nb.core import DataError, OnExists, check_output, human_bytes
 from medvol_nb.plot import planes, save_figure
-from medvol_nb.volume import Volume, read_volume, reorient, resample_to, same_grid, stem_of, to_axes
+from medvol_nb.volume import Volume, format_of, read_volume, reorient, resample_to, same_grid, stem_of, to_axes
 
 # %%
 from medvol_nb import phantoms
@@ -31,14 +32,16 @@ from medvol_nb.volume import affine_from, write_volume
 # %% [markdown]
 # ## Not more than fits
 # A store can be larger than memory. Of a pyramid the finest level that fits is taken; of a plain store every *n*-th
-# voxel.
+# voxel, read one row of chunks at a time.
 
 # %%
 #| export
-LOOK_BYTES = 2**30 # a picture needs no more than this
+LOOK_BYTES = 2**28 # a picture needs no more than this
 
 def _look(path: str | os.PathLike, level: int | None, channel: int) -> Volume:
     "One channel of a file in memory, RAS and xyz, coarse enough to fit"
+    if level is not None and format_of(path).name != "zarr":
+        raise DataError(f"{path}: level {level} was asked for, only OME-Zarr images have levels")
     options = {} if level is None else {"level": level}
     vol = read_volume(path, lazy=True, **options)
     while level is None and _nbytes(vol) > LOOK_BYTES and vol.meta.get("levels", 1) > 1:
@@ -48,19 +51,24 @@ def _look(path: str | os.PathLike, level: int | None, channel: int) -> Volume:
     if vol.channels is not None:
         if not 0 <= channel < vol.channels:
             raise DataError(f"{path}: channel {channel} was asked for, it has 0 to {vol.channels - 1}")
-        vol = replace(vol, data=vol.data[channel], axes=vol.spatial_axes)
-    step = math.ceil((_nbytes(vol)/LOOK_BYTES)**(1/3))
-    if step > 1:
-        if isinstance(vol.data, np.ndarray): vol = replace(vol, data=vol.data[::step, ::step, ::step])
-        else: vol = replace(vol, data=_every(vol.data, step))
-        vol = replace(vol, affine=vol.affine @ np.diag([step, step, step, 1.0]))
-    return to_axes(reorient(vol, "RAS"), "xyz")
+    lead = () if vol.channels is None else (channel,)
+    step = math.ceil((_nbytes(vol)/(vol.channels or 1)/LOOK_BYTES)**(1/3))
+    affine = vol.affine @ np.diag([step, step, step, 1.0])
+    return to_axes(reorient(replace(vol, data=_every(vol.data, lead, step), affine=affine, axes=vol.spatial_axes),
+                            "RAS"), "xyz")
 
 def _nbytes(vol: Volume) -> int: return int(np.prod(vol.data.shape, dtype=object))*vol.dtype.itemsize
 
-def _every(data: object, step: int) -> np.ndarray:
-    "Every `step`-th voxel of an array on disk, one plane at a time"
-    return np.stack([np.asarray(data[k])[::step, ::step] for k in range(0, data.shape[0], step)])
+def _every(data: Any, lead: tuple[int, ...], step: int) -> np.ndarray:
+    "Every `step`-th voxel of one channel; an array on disk is read by rows of chunks, so each is decoded once"
+    if isinstance(data, np.ndarray): return data[lead][::step, ::step, ::step]
+    shape = data.shape[-3:]
+    rows = step*math.ceil((getattr(data, "shards", None) or data.chunks)[-3]/step)
+    out = np.empty([-(-n//step) for n in shape], data.dtype)
+    for k in range(0, shape[0], rows):
+        part = slice(k, min(k + rows, shape[0]), step)
+        out[k//step:(k + rows)//step] = data[(*lead, part, slice(None, None, step), slice(None, None, step))]
+    return out
 
 # %%
 #| export
@@ -75,7 +83,8 @@ def view(
 ) -> dict: # path of the picture and what was seen
     "Write a picture of three planes of a volume file"
     out = Path(f"{stem_of(path)}_view.png" if out is None else out)
-    if not check_output(out, on_exists, inputs=[path]): return {"picture": out, "skipped": True}
+    if not check_output(out, on_exists, inputs=[p for p in (path, overlay) if p is not None]):
+        return {"picture": out, "skipped": True}
     vol = _look(path, level, channel)
     lbl, note = None, "none"
     if overlay is not None:

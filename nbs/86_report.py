@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Jobs of several steps, and their report
 #
-# > A job is a list of steps; each step fills one folder, is remembered when done, and adds its picture to one HTML page.
+# > A job is a list of steps; each fills one folder, is remembered when done, and adds its picture to one HTML page.
 #
 # A pipeline of scripts leaves files in many places, and after an interruption nobody knows which of them are whole.
 # Here each step gets an empty folder, and that folder appears under its final name only when the step has succeeded.
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvol_nb.core import (DataError, MedvolError, OnExists, atomic, check_output, fingerprint, human_time, lock, log, plain,
-                            read_json, remove_tree, sweep_temporary, write_json, write_text)
+from medvol_nb.core import (DataError, MedvolError, OnExists, atomic, check_output, fingerprint, human_time, lock, log,
+                            plain, read_json, remove_tree, sweep_temporary, write_json, write_text)
 from medvol_nb.parallel import Ledger
 
 # %%
@@ -131,9 +131,9 @@ def run_job(
                     ran.append(step.name)
                     log.info("%s: %s", where, human_time(times[step.name]))
                 shown[step.name] = ledger.value(step.name)["shown"]
-        write_json(job.out_dir/"report.json", {"title": job.title, "steps": [
-            {"name": s.name, "title": s.title, "folder": job.folder(s.name).name, "seconds": times.get(s.name), **shown[s.name]}
-            for s in job.steps]})
+        told = [{"name": s.name, "title": s.title, "folder": job.folder(s.name).name, "seconds": times.get(s.name),
+                 **shown[s.name]} for s in job.steps]
+        write_json(job.out_dir/"report.json", {"title": job.title, "steps": told})
         write_text(job.out_dir/"report.html", to_html(job, shown, times))
     return {"report": job.out_dir/"report.html", "ran": ran, "steps": shown}
 
@@ -146,8 +146,9 @@ def run_job(
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:.2rem}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}img{max-width:100%}figure{margin:1rem 0}
 figcaption,.time{color:#666;font-size:.9rem}table{border-collapse:collapse;font-size:.9rem}
-td,th{padding:.2rem .7rem;border-bottom:1px solid #eee;text-align:left}td.n{text-align:right}.f b{font-size:1.3rem;display:block}
-.f{display:inline-block;margin:.3rem 1.6rem .3rem 0}code{background:#f4f4f4;padding:.1rem .3rem}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #eee;text-align:left}td.n{text-align:right}
+.f b{font-size:1.3rem;display:block}.f{display:inline-block;margin:.3rem 1.6rem .3rem 0}
+code{background:#f4f4f4;padding:.1rem .3rem}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}h2,td,th{border-color:#333}code{background:#2a2a2a}}"""
 
 def _cell(value: Any) -> str:
@@ -170,8 +171,9 @@ def to_html(
     times: Mapping[str, float], # step name -> [s]
 ) -> str: # a whole document
     "The report of a job as one self-contained page"
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(job.title)}</title><style>{_STYLE}</style>",
-             f"<h1>{html.escape(job.title)}</h1>",
+    title = html.escape(job.title)
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",
+             f"<h1>{title}</h1>",
              f"<p class=time>{len(job.steps)} steps, {human_time(sum(times.get(s.name, 0) for s in job.steps))}</p>"]
     for k, s in enumerate(job.steps, 1):
         what, folder = shown[s.name], job.folder(s.name)
@@ -185,7 +187,8 @@ def to_html(
                          f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         if what["table"]: parts.append(_table(what["table"]))
         files = sorted(p.relative_to(job.out_dir).as_posix() for p in folder.rglob("*") if p.is_file())
-        listed = ", ".join(f"<code>{html.escape(f)}</code>" for f in files[:6]) + (f" and {len(files) - 6} more" if len(files) > 6 else "")
+        listed = ", ".join(f"<code>{html.escape(f)}</code>" for f in files[:6])
+        if len(files) > 6: listed += f" and {len(files) - 6} more"
         parts.append(f"<p class=time>{human_time(times.get(s.name, 0))} &middot; {listed}</p>")
     return "\n".join(parts) + "</html>\n"
 
@@ -197,14 +200,16 @@ def numbers(folder, job):
 def draw(folder, job):
     x = np.load(job.folder("numbers")/"x.npy")
     plot.save_figure(plot.curves({"square": x}, height=1.5), folder/"curve.png")
-    return Shown("They were drawn.", table=[{"n": n, "square": int(v)} for n, v in enumerate(x)], pictures={"A curve": "curve.png"})
+    rows = [{"n": n, "square": int(v)} for n, v in enumerate(x)]
+    return Shown("They were drawn.", table=rows, pictures={"A curve": "curve.png"})
+
+steps = [Step("numbers", "Compute", numbers), Step("draw", "Draw <b>", draw, needs=("numbers",))]
 
 with tmpdir() as d:
-    job = lambda: Job(d/"out", [Step("numbers", "Compute", numbers), Step("draw", "Draw <b>", draw, needs=("numbers",))], "Squares")
-    first = run_job(job())
-    page, second = first["report"].read_text(), run_job(job())["ran"]
+    first = run_job(Job(d/"out", steps, "Squares"))
+    page, second = first["report"].read_text(), run_job(Job(d/"out", steps, "Squares"))["ran"]
     remove_tree(d/"out"/"02_draw")
-    third = run_job(job())["ran"]
+    third = run_job(Job(d/"out", steps, "Squares"))["ran"]
     tree = sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file())
 HTML(page)
 

@@ -3,8 +3,8 @@
 #
 # > Where to start reading, and what stands on what.
 #
-# Each numbered page defines and explains one module, runs it, and checks it. A page uses only pages with lower numbers, so
-# the order is also a reading order. Double-click a page here, run its cells, change them.
+# Each numbered page defines and explains one module, runs it, and checks it. A page uses only pages with lower numbers,
+# so the order is also a reading order. Double-click a page here, run its cells, change them.
 #
 # | pages | what they hold |
 # |---|---|

@@ -205,7 +205,7 @@ def test_grids_are_compared_at_their_corners():
     assert corner_displacement(a, b) == pytest.approx(99e-4) and not same_grid(a, b) and same_grid(a, b, 0.01)
     assert corners(a).shape == (8, 3) and corners(a).max(axis=0).tolist() == [99, 19, 29]
     assert not same_grid(a, Volume(np.zeros((100, 20, 31)), np.eye(4)))
-    with pytest.raises(DataError, match="differ in shape"): corner_displacement(a, Volume(np.zeros((1, 1, 1)), np.eye(4)))
+    with pytest.raises(DataError, match="in shape"): corner_displacement(a, Volume(np.zeros((1, 1, 1)), np.eye(4)))
 
 
 # ---- cropping
@@ -236,11 +236,12 @@ def test_crop_refuses_what_is_no_window():
 
 def test_a_fill_the_number_type_cannot_hold_is_refused_not_wrapped():
     vol = Volume(numbered(dtype=np.uint8), np.eye(4))
+    left = affine_from(1, (-5, 0, 0))
     for fill in (-1, -1000.0, 256, 0.5, float("nan")):
         with pytest.raises(DataError, match="fill"): crop(vol, (-1, 0, 0), (4, 4, 4), fill=fill)
-        with pytest.raises(DataError, match="fill"): resample_to(vol, affine_from(1, (-5, 0, 0)), (9, 4, 4), 0, fill=fill)
+        with pytest.raises(DataError, match="fill"): resample_to(vol, left, (9, 4, 4), 0, fill=fill)
     assert crop(vol, (-1, 0, 0), (4, 4, 4), fill=255.0).data[0, 0, 0] == 255
-    assert np.isnan(resample_to(vol, affine_from(1, (-5, 0, 0)), (9, 4, 4), 1, fill=float("nan")).data[0, 0, 0])
+    assert np.isnan(resample_to(vol, left, (9, 4, 4), 1, fill=float("nan")).data[0, 0, 0])
 
 
 def test_a_forgotten_crop_is_found_by_its_voxels():
@@ -251,7 +252,8 @@ def test_a_forgotten_crop_is_found_by_its_voxels():
         assert locate_crop(whole, part) == start
     assert locate_crop(whole, whole) == (0, 0, 0) and locate_crop(part, whole) is None
     assert locate_crop(whole, replace(part, data=part.data + 100)) is None
-    with pytest.raises(DataError, match="channels"): locate_crop(whole, Volume(np.zeros((1, 2, 2, 2)), np.eye(4), "cxyz"))
+    many = Volume(np.zeros((1, 2, 2, 2)), np.eye(4), "cxyz")
+    with pytest.raises(DataError, match="channels"): locate_crop(whole, many)
 
 
 def test_a_forgotten_crop_with_nan_voxels_is_found_too():
@@ -443,7 +445,7 @@ def test_cubic_agrees_with_itk_in_the_interior(seed):
     sitk = pytest.importorskip("SimpleITK")
     vol, target, size = random_case(seed, smallest=18)
     ours = resample_to(vol, target, size, 3, fill=0, antialias=False)
-    theirs = sitk.Resample(to_itk(vol.data, vol.affine, kind=np.float64), to_itk(np.zeros(size), target, kind=np.float64),
+    theirs = sitk.Resample(to_itk(vol.data, vol.affine, kind=np.float64), to_itk(np.zeros(size), target),
                            sitk.Transform(), sitk.sitkBSpline, 0.0)
     at = to_index(vol.affine, to_world(target, np.moveaxis(np.indices(size), 0, -1)))
     inner = ((at > 4) & (at < np.array(vol.shape) - 5)).all(axis=-1)
@@ -487,7 +489,8 @@ def test_axes_of_one_voxel(shape, order):
     out = resample(Volume(data, np.eye(4)), (.5, .5, .5), order)
     assert out.shape == tuple(2*n for n in shape)
     assert_allclose(out.data, 7, atol=1e-4)
-    turned = resample_to(Volume(data, np.eye(4)), affine_of("RAS", (1, 1, 1), (0, 0, 0), (3, 0, 0)), shape, order, fill=7)
+    leant = affine_of("RAS", (1, 1, 1), (0, 0, 0), (3, 0, 0))
+    turned = resample_to(Volume(data, np.eye(4)), leant, shape, order, fill=7)
     assert_allclose(turned.data, 7, atol=1e-4)
 
 

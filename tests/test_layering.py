@@ -321,8 +321,21 @@ def write_problems(tree: ast.AST, module: str, used: set[str] | None = None) -> 
     return problems
 
 
-@pytest.mark.parametrize("page", [p for p in EXPORTING if p.values[0].module not in ("core", "checkpoints", "torchcore")])
-def test_randomness_comes_from_rng_for(page): report(random_problems(ast.parse(page.exported)))
+ASKERS = [p for p in EXPORTING if p.values[0].module not in ("core", "checkpoints", "torchcore")]
+
+# Other generators that a page may use: module -> (call, why `rng_for` cannot serve)
+GENERATORS: dict[str, tuple[str, str]] = {
+    "splits": ("np.random.RandomState", "published lists were split with NumPy's legacy generator, to be reproduced"),
+}
+
+
+@pytest.mark.parametrize("page", ASKERS)
+def test_randomness_comes_from_rng_for(page):
+    call, reason = GENERATORS.get(page.module, ("", ""))
+    found = random_problems(ast.parse(page.exported))
+    rest = [p for p in found if not (call and f" {call}(...)," in p)]
+    report(rest)
+    assert not call or len(rest) < len(found) and len(reason.split()) >= 4, "this exception is no longer needed"
 
 
 @pytest.mark.parametrize("page", [p for p in EXPORTING if p.values[0].module not in ("cli", "doctor")])
