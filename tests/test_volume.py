@@ -195,7 +195,7 @@ def series(folder, data, affine=None, uid="1.2.3.4", slope=1, inter=-1024, names
         ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CTImageStorage, f"{uid}.{k + 1}", "CT"
         ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = "1.2.3", uid, frame
         ds.SeriesNumber, ds.InstanceNumber = 1, k + 1
-        ds.ImageOrientationPatient = [f"{v:.12g}" for v in (lps[:3, 0]/zooms[0], lps[:3, 1]/zooms[1]) for v in v]
+        ds.ImageOrientationPatient = [f"{v:.10f}" for v in (lps[:3, :2]/zooms[:2]).T.ravel()]
         ds.ImagePositionPatient = [f"{v:.10g}" for v in lps[:3, 3] + k*lps[:3, 2]]
         ds.PixelSpacing, ds.SliceThickness = [f"{zooms[1]:.10g}", f"{zooms[0]:.10g}"], f"{zooms[2]:.10g}"
         ds.RescaleSlope, ds.RescaleIntercept = slope, inter

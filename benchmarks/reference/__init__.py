@@ -1,0 +1,1 @@
+"The literal algorithms: plain, slow, and the yardstick"
