@@ -27,8 +27,15 @@ COMMANDS = {
     "doctor": "medvol_nb.doctor:doctor",
     "demo": "medvol_nb.demo:demo",
     "view": "medvol_nb.view:view",
+    "datalists make": "medvol_nb.recipes:make_datalists",
+    "datalists verify": "medvol_nb.verify:verify",
+    "datalists labels": "medvol_nb.labels:build_label_space",
+    "datalists analyze": "medvol_nb.analyze:analyze",
+    "datalists convert": "medvol_nb.convert:convert",
 }
-GROUPS: dict[str, str] = {}
+GROUPS: dict[str, str] = {
+    "datalists": "From folders of images and labels to verified lists, one label space, class statistics",
+}
 
 # %% ../nbs/90_cli.ipynb #_constants
 @lru_cache
@@ -54,7 +61,7 @@ def _type(node: ast.expr, module: str, where: str) -> Any:
     if isinstance(node, ast.Name) and text in _constants(module): return _type(_constants(module)[text], module, where)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         sides = [_type(n, module, where) for n in (node.left, node.right)]
-        kept = [s for s in sides if s is not None and not (s is str and Path in sides)]
+        kept = [s for s in sides if s is not None and not (s is Path and str in sides)] # a name may mean more than a path
         if None in sides: return Optional[kept[0]] # noqa: UP045
         many = [s for s in kept if getattr(s, "__origin__", None) is list]
         return many[0] if many else kept[0]
@@ -110,13 +117,14 @@ def command(
                for k, (t, o, d) in shared.items()]
 
     def run(**given: Any) -> None:
-        flags = {k: given.pop(f"cli_{k}") for k in shared}
+        flags = {k: k in shared and given.pop(f"cli_{k}") for k in _SHARED}
         _quiet(flags["quiet"])
         module, _, name = target.partition(":")
         f = getattr(importlib.import_module(module), name)
         result = f(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
         _show(result, flags["json"])
-        if isinstance(result, Mapping) and result.get("ok") is False: raise typer.Exit(1)
+        ok = result.get("ok") if isinstance(result, Mapping) else getattr(result, "ok", None)
+        if ok is False: raise typer.Exit(1)
 
     run.__name__, run.__doc__ = doc.name, doc.doc
     run.__signature__ = inspect.Signature(params)
@@ -137,7 +145,8 @@ def _show(result: Any, as_json: bool, depth: int = 0) -> None:
     if as_json:
         typer.echo(to_json(result))
         return
-    value = plain(result)
+    has_text = hasattr(result, "__dataclass_fields__") and "__str__" in vars(type(result))
+    value = str(result) if has_text else plain(result)
     pad = "  "*depth
     if isinstance(value, dict):
         for k, v in value.items():
@@ -183,6 +192,7 @@ def main(
             typer.echo(f"medvol_nb {__version__}")
             return 0
         code = build_app()(words, standalone_mode=False)
+        if code == 130: raise KeyboardInterrupt # how typer hands on Ctrl-C
         return code if isinstance(code, int) else 0
     except _USAGE as e:
         e.show()

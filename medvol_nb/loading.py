@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import ConfigError, DataError, MissingFile, log
-from .datalists import PATH_KEYS, DataList, _shown, dataset_name_of, item_path, read_datalist
+from .datalists import PATH_KEYS, DataList, _path_problem, _shown, dataset_name_of, item_path, read_datalist
 from .labels import _pointer
 
 # %% ../nbs/11b_loading.ipynb #_fold_number
@@ -76,7 +76,8 @@ def _place(key: str, name: str, base: str, roots: Mapping[str, Any], absolute: b
     if isinstance(rule, Mapping):
         prefixes = {k: v for k, v in rule.items() if k.startswith("/")}
         if name not in rule and prefixes:
-            return lambda path: _swapped(str(item_path(base, path, absolute)), prefixes, where)
+            inside_base = _place(key, name, base, {}, absolute)
+            return lambda path: _swapped(inside_base(path), prefixes, where)
         rule = rule.get(name)
         folder = base if rule is None else os.fspath(rule)
     elif rule is None: folder = base
@@ -84,11 +85,18 @@ def _place(key: str, name: str, base: str, roots: Mapping[str, Any], absolute: b
         text = os.fspath(rule)
         folder = text.replace("{dataset}", name) if "{dataset}" in text else os.path.join(text, _mirrored(name, base))
 
+    looked_at: set[str] = set() # folders that were found to stay inside; a sibling needs no second look
+
     def join(path: str) -> str:
         if rule is not None and path.startswith("/"):
             raise DataError(f"{where}: path {path} is absolute, so the root {folder} does not apply. Exchange its "
                             f"beginning: roots={{{key!r}: {{'{os.path.dirname(path)}/': '{folder}/'}}}}")
-        return str(item_path(folder, path, absolute))
+        parent, full = os.path.dirname(path), os.path.join(folder, path)
+        plain = not ("./" in path or "//" in path or _path_problem(path, absolute))
+        if plain and parent in looked_at and not os.path.islink(full): return full
+        full = str(item_path(folder, path, absolute))
+        looked_at.add(parent)
+        return full
     return join
 
 # %% ../nbs/11b_loading.ipynb #_check_roots
@@ -98,8 +106,10 @@ def _check_roots(roots: Mapping[str, Any] | None, path_keys: Sequence[str]) -> M
     return roots or {}
 
 def _unknown(what: str, name: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 3, 0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known) or 'none'}"
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 3, 0.5)
+    there = ", ".join(known[:8]) + f" and {len(known) - 8} more"*(len(known) > 8)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {there or 'none'}"
     return f"{what}: unknown name {name!r}, {hint}"
 
 def located_items(
@@ -268,8 +278,8 @@ def published_transform(
     image, sometimes = {"keys": ["@image_key"]}, {"prob": 0.2}
     blur = {f"sigma_{a}": [0.5, 1.0] for a in "xyz"}
     return [
-        {"_target_": "RandCropByLabelClassesd", "keys": keys, "label_key": "@pseudo_label_key", "num_classes": n_classes,
-         "num_samples": "@num_patches_per_image", "spatial_size": "@patch_size",
+        {"_target_": "RandCropByLabelClassesd", "keys": keys, "label_key": "@pseudo_label_key",
+         "num_classes": n_classes, "num_samples": "@num_patches_per_image", "spatial_size": "@patch_size",
          "ratios": f"$tuple(float(i >= 0) for i in range({n_classes}))", "warn": False, "allow_missing_keys": True},
         {"_target_": "RandZoomd", "keys": keys, "min_zoom": 0.8, "max_zoom": 1.2,
          "mode": ["trilinear", "nearest", "nearest", "nearest"], **sometimes, "allow_missing_keys": True},
@@ -338,8 +348,9 @@ def get_datalist_with_dataset_name_and_transform(
         if dl.training_transform is None:
             raise ConfigError(f"data list {name!r}: has no training_transform. Add one to the file; "
                               "loading.published_transform() gives the one of the published lists")
-    return train, held, *({name: _compose(getattr(dl, f"{kind}_transform"), references, trust, f"/{kind}_transform", name)
-                           for name, (dl, _) in chosen.items()} for kind in ("training", "validation"))
+    made = [{name: _compose(getattr(dl, kind), references, trust, f"/{kind}", name) for name, (dl, _) in chosen.items()}
+            for kind in ("training_transform", "validation_transform")]
+    return train, held, *made
 
 def _compose(config: Any, references: Mapping[str, Any], trust: bool, at: str, name: str) -> Any:
     "MONAI Compose of a configuration, None for none"

@@ -9,16 +9,15 @@ __all__ = ['cpu_count', 'Failure', 'BatchError', 'pmap', 'Ledger', 'describe']
 import contextlib
 import faulthandler
 import json
-import mmap
 import multiprocessing
 import os
-import pickle
 import tempfile
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,17 +57,15 @@ class BatchError(MedvolError, RuntimeError):
         super().__init__(f"{len(lines)} of {total} items failed:\n  {shown}")
     def __reduce__(self): return type(self), (self.failures, self.values, self.total)
 
-# %% ../nbs/02_parallel.ipynb #_maps
-_maps: dict[str, mmap.mmap] = {}
+# %% ../nbs/02_parallel.ipynb #_mark
 _STARTED, _DONE, _TIMEOUT = 1, 2, 3
 
 def _mark(path: str, index: int, state: int) -> None:
-    "Write the state of an item into the shared byte map; survives the death of this process"
-    if path not in _maps:
-        for old in _maps.values(): old.close()
-        _maps.clear()
-        with open(path, "r+b") as f: _maps[path] = mmap.mmap(f.fileno(), 0)
-    _maps[path][index] = state
+    "Write the state of an item into the shared byte map; survives the death of this process, and threads may do it"
+    with contextlib.suppress(FileNotFoundError): # the run is over
+        fd = os.open(path, os.O_WRONLY)
+        try: os.pwrite(fd, bytes([state]), index)
+        finally: os.close(fd)
 
 def _on_time(path: str, index: int, limit: float) -> threading.Timer:
     "Clock that marks the item and ends the process if the item takes longer than `limit`"
@@ -103,6 +100,8 @@ def _is_elsewhere() -> tuple[bool, int]:
     backend, n_jobs = get_active_backend()
     return type(backend).__name__ not in ("LokyBackend", "SequentialBackend", "ThreadingBackend"), n_jobs
 
+_loads = ForkingPickler.loads # between our own processes only, as multiprocessing itself does; never for files
+
 def _pack(value: Any) -> bytes | str:
     "What travels to a worker, or why it cannot"
     from joblib.externals.loky.backend.reduction import dumps # cloudpickle's, the one that joblib uses
@@ -115,7 +114,7 @@ def _run_packed(f: bytes, item: bytes | str, index: int, marks: str | None, time
     if marks is not None: _mark(marks, index, _STARTED)
     def load() -> tuple[Callable, Any]: # imports count as start-up, not as time of the item
         if isinstance(item, str): raise TypeError(f"the item cannot be sent to a process ({item})")
-        return pickle.loads(f), pickle.loads(item)
+        return _loads(f), _loads(item)
     _, ok, loaded = _run_one(lambda _: load(), None, index, None, None)
     def work(given: Any) -> bytes:
         out = _pack(loaded[0](given))
@@ -127,7 +126,7 @@ def _run_packed(f: bytes, item: bytes | str, index: int, marks: str | None, time
 
 def _unpacked(index: int, ok: bool, value: Any) -> tuple[int, bool, Any]:
     if not ok: return index, ok, value
-    try: return index, True, pickle.loads(value)
+    try: return index, True, _loads(value)
     except Exception as e:
         why = f"the result cannot be unpickled ({type(e).__name__}: {e})"
         return index, False, ("error", why, traceback.format_exc())
@@ -141,6 +140,26 @@ def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks:
         run = Parallel(n_jobs=n_jobs, return_as="generator_unordered", max_nbytes=None)
         for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
             yield _unpacked(index, ok, value)
+
+def _cluster(client: Any, f: bytes, items: Sequence) -> Iterator[tuple[int, bool, Any]]:
+    "Results from the workers of a Dask client; joblib would wait for ever for a task that killed its workers"
+    from distributed import as_completed
+    todo, alone, running, waiting = list(range(len(items)))[::-1], [], {}, as_completed()
+    def submit(i: int) -> None:
+        future = client.submit(_run_packed, f, _pack(items[i]), i, None, None, pure=False)
+        running[future] = i
+        waiting.add(future)
+    try:
+        while todo or alone or running:
+            while todo and len(running) < max(2, 2*sum(client.ncores().values())): submit(todo.pop())
+            company = bool(running)
+            if not company: submit(alone.pop())
+            future = next(waiting)
+            i = running.pop(future)
+            if future.status == "finished": yield _unpacked(*future.result())
+            elif company: alone.append(i) # perhaps innocent, and only near to one that kills its workers
+            else: yield i, False, ("killed", "its workers were lost again and again")
+    finally: client.cancel(list(running))
 
 def _end_pool() -> None:
     "Stop idle workers where nobody else would: a child process of multiprocessing waits for its own children at exit"
@@ -160,6 +179,10 @@ def _stream(f: Callable, items: Sequence, workers: int, retries: int, timeout: f
     elsewhere, n_jobs = _is_elsewhere()
     packed = _pack(f)
     if isinstance(packed, str): raise TypeError(f"pmap: the function cannot be sent to a process ({packed})")
+    from joblib.parallel import get_active_backend
+    if (client := getattr(get_active_backend()[0], "client", None)) is not None:
+        yield from _cluster(client, packed, items)
+        return
     fd, marks = tempfile.mkstemp(prefix="medvol-marks-")
     os.write(fd, bytes(max(1, len(items))))
     os.close(fd)

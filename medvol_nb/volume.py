@@ -111,9 +111,10 @@ def _slice_places(files: list[str], where: str) -> np.ndarray:
     normal = np.cross(orientation[:3], orientation[3:])
     places = np.array([h.ImagePositionPatient for h in heads], float)
     sideways = (places - places[0]) @ orientation.reshape(2, 3).T
-    if np.abs(sideways).max() > 0.1*min(float(v) for v in first.PixelSpacing):
-        raise DataError(f"{where}: slices are shifted sideways by up to {np.abs(sideways).max():.3g} mm (tilted gantry). "
-                        f"Straighten the series first, such as with dcm2niix")
+    drift = np.abs(sideways).max()
+    if drift > 0.1*min(float(v) for v in first.PixelSpacing):
+        raise DataError(f"{where}: slices are shifted sideways by up to {drift:.3g} mm (tilted gantry). Straighten the "
+                        f"series first, such as with dcm2niix")
     return places @ normal
 
 def _thickness(file: str) -> float | None:
@@ -233,18 +234,17 @@ def read_header(
         head = read_nifti_header(path)
         shape = (*([head.channels] if head.channels else []), *head.shape)
         kind = np.float32 if head.has_scaling else head.dtype
-        notes, affine = tuple(header_notes(head)), head.affine
+        more, affine = {"notes": tuple(header_notes(head)), "scaled": head.has_scaling}, head.affine
     elif f.name == "ITK":
         reader = _open_itk(path)
         n = reader.GetNumberOfComponents()
-        shape, notes, affine = (*([n] if n > 1 else []), *reader.GetSize()), (), _itk_affine(reader)
+        shape, more, affine = (*([n] if n > 1 else []), *reader.GetSize()), {"notes": ()}, _itk_affine(reader)
         kind = _itk_type(reader)
     else:
         vol = f.read(path)
-        shape, kind, notes, affine = vol.data.shape, vol.dtype, vol.meta.get("notes", ()), vol.affine
-        return Volume(np.broadcast_to(np.zeros((), kind), shape), affine, vol.axes, MappingProxyType({**vol.meta}))
+        return Volume(np.broadcast_to(np.zeros((), vol.dtype), vol.data.shape), vol.affine, vol.axes, vol.meta)
     try: return Volume(np.broadcast_to(np.zeros((), kind), shape), affine, "cxyz"[-len(shape):],
-                       MappingProxyType({"path": str(path), "notes": notes}))
+                       MappingProxyType({"path": str(path), **more}))
     except DataError as e: raise FormatError(f"{path}: {e}") from None
 
 def _itk_type(reader: Any) -> str:

@@ -172,7 +172,7 @@ def parse_settings(
     if node is not None: check(node)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try: return (loader.construct_document(node) if node is not None else {}), lines
-    except (yaml.YAMLError, ValueError) as e:
+    except Exception as e: # explicit tags such as !!int and !!timestamp raise whatever comes
         raise FormatError(f"{where}: {getattr(e, 'problem', None) or e}") from None
     finally: loader.dispose()
 
@@ -289,7 +289,10 @@ def load_config(
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a group of keys, got {type(data).__name__}")
     overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    for key, value in overrides.items(): _override(data, key, value)
+    for key, value in overrides.items():
+        _override(data, key, value)
+        place = tuple(key.split("."))
+        lines = {**{k: n for k, n in lines.items() if k[:len(place)] != place}, place: 0} # not from a line of the file
     return check_config(model, data, str(path), base=path.parent.resolve(), lines=lines)
 
 def dump_config(
@@ -301,6 +304,8 @@ def dump_config(
     if path is not None and Path(path).suffix in (".yaml", ".yml"):
         import yaml
         text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)
+        if parse_settings(text)[0] != plain(cfg): # odd line separators only survive as escapes
+            text = yaml.safe_dump(plain(cfg), sort_keys=False)
     else: text = to_json(cfg) + "\n"
     if path is not None: write_text(path, text, on_exists)
     return text

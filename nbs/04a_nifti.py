@@ -295,8 +295,8 @@ def read_nifti(
         data = data.astype(np.float32)
         data *= np.float32(head.slope)
         data += np.float32(head.inter)
-    try: return Volume(data, head.affine, "cxyz" if head.channels else "xyz",
-                       MappingProxyType({"path": str(path), "notes": tuple(header_notes(head))}))
+    meta = {"path": str(path), "notes": tuple(header_notes(head)), "scaled": head.has_scaling}
+    try: return Volume(data, head.affine, "cxyz" if head.channels else "xyz", MappingProxyType(meta))
     except DataError as e: raise FormatError(f"{path}: {e}") from None
 
 # %% [markdown]

@@ -494,7 +494,7 @@ def read_numpy(
                     raise FormatError(f"{path}: damaged, entries are missing")
                 for entry in content.zip.infolist():
                     check_budget((entry.file_size,), np.uint8, str(path))
-                    content.zip.open(entry).close() # its name is there twice, and they must agree
+                    content.zip.open(name=entry, mode="r").close() # its name is there twice, and they must agree
                 if "data" not in content: raise FormatError(f"{path}: has no entry 'data', found {sorted(content)}")
                 data = content["data"]
                 attrs = {k: content[k].tolist() for k in ("affine", "axes") if k in content}

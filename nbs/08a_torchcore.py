@@ -323,8 +323,12 @@ class CsvLog:
 # clip, update, average. Random layers such as dropout draw from the stream of their step, so nothing about chance has
 # to be stored. A checkpoint holds weights, optimiser, average, scaler and position.
 #
-# A step whose loss is not finite is left out and reported with the items that were in it. After `max_skips` of them
-# the run stops with a checkpoint from before the fault: going on would only hide it.
+# A step whose loss or gradient is not finite is left out, running statistics included, and reported with the items
+# that were in it. After `max_skips` of them the run stops with a checkpoint from before the fault: going on would only
+# hide it.
+#
+# Ctrl-C and the SIGTERM of a cluster queue let the step finish, write a checkpoint and end the run; the second one ends
+# it at once. In the middle of a step nothing is ever saved, so a resumed run is exact in both cases.
 
 # %%
 #| export

@@ -37,12 +37,15 @@ from medvol_nb.core import tmpdir
 # %%
 #| export
 def _requirements() -> dict[str, list[str]]:
-    "Requirement strings by extra; '' holds what is always needed"
+    "Requirement strings by extra; '' holds what is always needed, those for other systems are left out"
+    from packaging.markers import Marker
     out: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("medvol_nb") or []:
         requirement, _, marker = line.partition(";")
-        extra = re.search(r"extra\s*==\s*[\"']([\w-]+)[\"']", marker)
-        out.setdefault(extra[1] if extra else "", []).append(requirement.strip())
+        found = re.search(r"extra\s*==\s*[\"']([\w-]+)[\"']", marker)
+        extra = found[1] if found else ""
+        if marker and not Marker(marker).evaluate({"extra": extra}): continue
+        out.setdefault(extra, []).append(requirement.strip())
     return out
 
 def _check(requirement: str) -> tuple[str, str | None, bool]:
@@ -76,11 +79,13 @@ def _can_publish(folder: Path) -> str | None:
 
 # %%
 #| export
+def _first_line(e: Exception) -> str: return (str(e) or type(e).__name__).splitlines()[0]
+
 def _torch(problems: list[str]) -> dict[str, Any]:
     "Build and devices of torch; importing it is the test"
     try: import torch
-    except ImportError as e:
-        problems.append(f"torch does not import: {e}. Install it again: pip install 'torch>=2.8,<2.14'")
+    except Exception as e: # a library that is not found is an OSError
+        problems.append(f"torch does not import: {_first_line(e)}. Install it again: pip install 'torch>=2.8,<2.14'")
         return {"version": None}
     cuda = torch.version.cuda
     names = sorted(d.metadata["Name"] or "" for d in importlib.metadata.distributions())
@@ -100,8 +105,8 @@ def _torchvision(problems: list[str]) -> str:
     if find_spec("torchvision") is None: return "absent, as it should be"
     try: import torchvision
     except Exception as e:
-        problems.append(f"torchvision is installed but does not import ({str(e).splitlines()[0]}); it also breaks the "
-                        f"Segment-Anything features. This library does not use it: pip uninstall torchvision")
+        problems.append(f"torchvision is installed but does not import ({_first_line(e)}); it also breaks the "
+                        "Segment-Anything features. This library does not use it: pip uninstall torchvision")
         return "broken"
     return f"{torchvision.__version__} (not used)"
 

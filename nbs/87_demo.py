@@ -15,8 +15,7 @@
 # %%
 #| export
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,16 @@ from typing import Any
 import numpy as np
 
 from medvol_nb import phantoms, plot
-from medvol_nb.core import (DataError, FormatError, MissingExtra, MissingFile, OnExists, file_digest, read_json,
-                            rng_for, write_csv, write_json)
+from medvol_nb.analyze import analyze
+from medvol_nb.core import (DataError, FormatError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
+                            rng_for, write_json)
+from medvol_nb.datalists import DataList, item_path, read_datalist, write_datalist
+from medvol_nb.labels import LabelSpace, build_label_space
 from medvol_nb.parallel import pmap
+from medvol_nb.recipes import detect_recipe, load_recipe, make_datalists, scan
 from medvol_nb.report import Job, Shown, Step, run_job
-from medvol_nb.volume import (Volume, corner_displacement, format_of, read_volume, reorient, resample, same_grid,
-                              stem_of, write_volume)
+from medvol_nb.verify import verify
+from medvol_nb.volume import Volume, read_volume, reorient, resample, same_grid, write_volume
 
 # %%
 from IPython.display import Image
@@ -112,192 +115,78 @@ def _write_dataset(folder: Path, cases: int, seed: int, workers: int) -> Shown:
         shape, spacing = " x ".join(map(str, img.shape)), " x ".join(f"{s:g}" for s in img.spacing)
         return {"case": name, "shape": shape, "spacing [mm]": spacing, "orientation": img.orientation}
     rows = pmap(make, range(cases), workers, desc="writing cases")
-    write_json(folder/"labels.json", TISSUES)
+    write_json(folder/"dataset.json", {"name": "Brains", "labels": {"0": "background", **TISSUES}})
     return Shown(f"{cases} cases were written: the MNI152 template, and smooth deformations of it in other voxel sizes "
                  "and orientations.", {"cases": cases}, rows)
 
 # %% [markdown]
-# ## Pairs by name, never by position
-# A label belongs to the image of the same name, with nnU-Net's channel suffix `_0000` left out. Sorting two folders and
-# zipping them is how pairs get shifted by one without anybody noticing.
+# ## From files to a list
+# Each of the next steps is one call to a component: the recipe of the layout finds the pairs, the verification reads
+# every file, the label space gives the classes their global ids, the analysis counts.
 
 # %%
 #| export
-@dataclass(frozen=True)
-class Pairs:
-    "Images and labels matched by name"
-    root: Path # folder that the names are relative to
-    cases: dict[str, tuple[str, str]] # case -> (image, label), relative to `root`
-    images_only: tuple[str, ...] # images without a label
-    labels_only: tuple[str, ...] # labels without an image
+def _recipe(root: Path) -> str:
+    "Name of the layout below `root`"
+    return "folders" if (root/"images").is_dir() and (root/"labels").is_dir() else detect_recipe(root)[0].name
 
-def _volumes_in(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for p in sorted(folder.iterdir()):
-        try: format_of(p)
-        except FormatError: continue
-        key = stem_of(p).removesuffix("_0000")
-        if p.name.startswith("."): continue
-        if key in found:
-            raise DataError(f"{folder}: {found[key].name} and {p.name} are both case {key!r}. Keep one of them")
-        found[key] = p
-    return found
-
-def find_pairs(
-    root: str | os.PathLike, # folder with images/ and labels/, or imagesTr/ and labelsTr/
-) -> Pairs: # what belongs together
-    "Match the files of two folders by their names"
-    root = Path(root)
-    if not root.is_dir(): raise MissingFile(f"{root} is not a folder")
-    for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
-        if (root/images).is_dir() and (root/labels).is_dir(): break
-    else: raise MissingFile(f"{root} has no folders images and labels (or imagesTr and labelsTr)")
-    img, lbl = _volumes_in(root/images), _volumes_in(root/labels)
-    both = {k: (img[k].relative_to(root).as_posix(), lbl[k].relative_to(root).as_posix()) for k in img if k in lbl}
-    if not both: raise DataError(f"{root}: no image in {images} has the name of a label in {labels}")
-    return Pairs(root, both, tuple(k for k in img if k not in lbl), tuple(k for k in lbl if k not in img))
-
-def _label_names(root: Path) -> dict[int, str]:
-    "Names from labels.json or dataset.json beside the data; empty if there are none"
-    for name in ("labels.json", "dataset.json"):
-        if (root/name).is_file():
-            table = read_json(root/name)
-            table = table.get("labels", {}) if name == "dataset.json" and isinstance(table, dict) else table
-            if not isinstance(table, Mapping):
-                raise FormatError(f"{root/name}: label names must be an object of id: name")
-            pairs = [(v, k) if isinstance(v, int) else (k, v) for k, v in table.items()]
-            try: return {int(i): str(n) for i, n in pairs if int(i) > 0}
-            except (TypeError, ValueError): raise FormatError(f"{root/name}: label ids must be whole numbers") from None
-    return {}
-
-def _write_datalist(folder: Path, root: Path, folds: int, limit: int | None) -> Shown:
-    pairs = find_pairs(root)
-    cases = dict(list(pairs.cases.items())[:limit])
-    order = sorted(cases, key=lambda k: rng_for(20230808, "fold", k).random())
-    items = [{"image": cases[k][0], "label": cases[k][1], "fold": n % folds} for n, k in enumerate(order)]
-    names = _label_names(root)
-    write_json(folder/"datalist.json", {"training": sorted(items, key=lambda i: (i["fold"], i["image"])), "testing": [],
-                                        "label_dict": {str(k): v for k, v in names.items()}})
-    odd = [f"image without label: {k}" for k in pairs.images_only]
-    odd += [f"label without image: {k}" for k in pairs.labels_only]
-    text = f"{len(items)} pairs were matched by name and dealt into {folds} folds."
-    if odd: text += f" Left over: {'; '.join(odd)}."
-    return Shown(text, {"pairs": len(items), "left over": len(odd), "classes": len(names)})
-
-# %% [markdown]
-# ## Verification
-# Every pair is read completely, so a damaged file is found now and not in the night. What is found gets a code; errors
-# are what training would stumble over, warnings what a person should know. Nothing stops at the first finding.
-
-# %%
-#| export
-def verify_pair(
-    image: str | os.PathLike, # image file
-    label: str | os.PathLike, # label file
-    names: Mapping[int, str], # label id -> name; empty: any id is allowed
-) -> list[tuple[str, str]]: # (code, text); codes with E are errors, with W warnings
-    "What is wrong or odd about an image and its label"
-    found, vols = [], {}
-    for what, path in (("image", image), ("label", label)):
-        try:
-            vols[what] = read_volume(path)
-            found += [(code, f"{what}: {text}") for code, text in vols[what].meta.get("notes", ())]
-        except MissingFile: found.append(("E101" if what == "image" else "E102", f"{what} is missing: {path}"))
-        except (DataError, FormatError) as e: found.append(("E301", f"{what}: {e}"))
-    if "image" in vols:
-        img = vols["image"].data
-        if img.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(img)))):
-            found.append(("W306", f"image holds {bad} NaN or infinite voxels"))
-        elif img.size and img.min() == img.max(): found.append(("W307", f"image is constant ({img.flat[0]})"))
-    if "label" in vols:
-        lbl = vols["label"].data
-        if lbl.dtype.kind == "f" and not np.array_equal(lbl, np.round(lbl)):
-            found.append(("E302", "label holds fractions or NaN"))
-        else:
-            ids = [int(v) for v in np.unique(lbl) if v != 0]
-            if not ids: found.append(("W305", "label is empty"))
-            unknown = [i for i in ids if i not in names]
-            if names and unknown: found.append(("E303", f"label ids {unknown[:10]} are not in the label dictionary"))
-    if len(vols) == 2: found += _compare(vols["image"], vols["label"])
-    return found
-
-def _compare(image: Volume, label: Volume) -> list[tuple[str, str]]:
-    "Do both lie on the same grid"
-    first = lambda v: v.data if v.channels is None else v.data[0]
-    a, b = (reorient(replace(v, data=first(v), axes=v.spatial_axes), "RAS") for v in (image, label))
-    if a.shape != b.shape: return [("E202", f"image has shape {image.shape}, label {label.shape}")]
-    gap, limit = corner_displacement(a, b), 0.1*min(a.spacing)
-    out = []
-    if image.orientation != label.orientation:
-        out.append(("W211", f"image is stored {image.orientation}, label {label.orientation}; reorient before "
-                   "pairing arrays"))
-    if gap > limit:
-        out.append(("E203", f"label grid is displaced by {gap:.3g} mm ({gap/min(a.spacing):.2g} voxels) from the "
-                   "image grid"))
-    elif gap > 1e-3: out.append(("W204", f"grids differ by {gap:.2g} mm, within tolerance"))
-    return out
+def _write_datalist(folder: Path, root: Path, name: str, seed: int, limit: int | None) -> Shown:
+    recipe = _recipe(root)
+    n = len(scan(load_recipe(recipe), root).pairs)
+    made = make_datalists(root, folder/"datalist.json", recipe=recipe, name=name, method="legacy", test_ratio=0.0,
+                          n_folds=max(1, min(5, n)), seed=seed)
+    if limit is not None:
+        dl = read_datalist(folder/"datalist.json")
+        dl = replace(dl, training=dl.training[:limit], testing=dl.testing[:limit])
+        write_datalist(dl, folder/"datalist.json", "overwrite")
+    dl = read_datalist(folder/"datalist.json")
+    left = [*made["missing_images"], *made["missing_labels"], *made["ambiguous"]]
+    text = f"{len(dl.training)} pairs were matched by name and dealt into {len(dl.folds())} folds."
+    if left: text += f" Left over: {'; '.join(map(str, left[:10]))}."
+    return Shown(text, {"pairs": len(dl.training), "left over": len(left), "classes": len(dl.label_dict)})
 
 def _verify(folder: Path, job: Job, root: Path, workers: int) -> Shown:
-    listed = read_json(job.folder("datalist")/"datalist.json")
-    names = {int(k): v for k, v in listed["label_dict"].items()}
-    items = listed["training"]
-    found = pmap(lambda i: verify_pair(root/i["image"], root/i["label"], names), items, workers,
-                 keys=[i["image"] for i in items], desc="verifying")
-    rows = [{"code": c, "image": i["image"], "finding": t} for i, f in zip(items, found) for c, t in f]
-    write_csv(folder/"findings.csv", rows, ["code", "image", "finding"])
-    errors = sum(r["code"][0] == "E" for r in rows)
-    verdict = f"{errors} errors need a hand." if errors else \
-        "All files are whole and every label lies on its image's grid."
-    return Shown(f"{len(items)} pairs were read completely. {verdict}",
+    report = verify([job.folder("datalist")/"datalist.json"], root=root, level="full", workers=workers, out=folder)
+    errors = sum(r["severity"] == "error" for r in report.findings)
+    sound = "All files are whole and every label lies on its image's grid."
+    verdict = f"{errors} errors need a hand." if errors else sound
+    rows = [{k: r[k] for k in ("code", "item", "path", "finding")} for r in report.findings]
+    return Shown(f"{report.pairs} pairs were read completely. {verdict}",
                  {"errors": errors, "warnings": len(rows) - errors}, rows)
 
-# %% [markdown]
-# ## What is in the labels
-# Volumes in millilitres, because voxels of different sizes cannot be added.
-
-# %%
-#| export
-def class_volumes(
-    label: str | os.PathLike, # label file
-) -> dict[int, float]: # label id -> [mL]
-    "Volume of every class in a label map"
-    lbl = read_volume(label)
-    if lbl.dtype.kind == "f" and not np.array_equal(lbl.data, np.round(lbl.data)):
-        raise DataError(f"{label}: holds fractions or NaN, a label map holds whole numbers")
-    ids, counts = np.unique(lbl.data.astype(np.int64), return_counts=True)
-    ml = float(np.prod(lbl.spacing))/1000
-    return {int(i): float(n)*ml for i, n in zip(ids, counts) if i > 0}
+def _labels(folder: Path, job: Job) -> Shown:
+    if not read_datalist(job.folder("datalist")/"datalist.json").label_dict:
+        return Shown("The data has no class names, so its classes keep their numbers. Write them into DIR/dataset.json as "
+                     '{"labels": {"1": "liver"}}.', {"classes": 0})
+    made = build_label_space([job.folder("datalist")/"datalist.json"], folder/"space", base="empty")
+    space = LabelSpace.load(folder/"space"/"label_space.json")
+    rows = [{"id": k, "class": n} for k, n in enumerate(space.class_names()) if k and n]
+    return Shown("Every class name has one id, which stays when other datasets are added.",
+                 {"classes": len(rows), "problems": len(made["problems"])}, rows)
 
 def _statistics(folder: Path, job: Job, root: Path, workers: int) -> Shown:
-    listed = read_json(job.folder("datalist")/"datalist.json")
-    names = {int(k): v for k, v in listed["label_dict"].items()}
-    items = sorted(listed["training"], key=lambda i: i["image"])
-    volumes, failures = pmap(lambda i: class_volumes(root/i["label"]), items, workers, keys=[i["label"] for i in items],
-                             errors="collect", desc="measuring")
-    good = [(i, v) for i, v in zip(items, volumes) if v is not None]
-    ids = sorted({k for _, v in good for k in v})
-    named = {k: names.get(k, f"label {k}") for k in ids}
-    each = [{"image": i["image"], "id": k, "class": named[k], "mL": round(v[k], 4)} for i, v in good for k in sorted(v)]
-    write_csv(folder/"volumes.csv", each, ["image", "id", "class", "mL"])
-    found = {k: [v[k] for _, v in good if k in v] for k in ids}
-    rows = [{"id": k, "class": named[k], "cases": len(v), "mean [mL]": float(np.mean(v)), "smallest [mL]": min(v),
-             "largest [mL]": max(v)} for k, v in found.items()]
-    pictures = {}
-    if rows:
-        plot.save_figure(plot.bars({r["class"]: r["mean [mL]"] for r in rows}, "mL", ids=ids), folder/"volumes.png")
-        pictures["Mean volume of each class over the cases that have it"] = "volumes.png"
-    for item, _ in good:
-        try: img, lbl = (reorient(read_volume(root/item[k]), "RAS") for k in ("image", "label"))
+    listed = job.folder("datalist")/"datalist.json"
+    space = job.folder("labels")/"space"/"label_space.json"
+    found = analyze([listed], folder/"analysis", root=root, workers=workers, space=space if space.exists() else None)
+    rows = [{"class": r["class"], "cases": int(r["cases"]), "mean [mL]": float(r["ml_mean"]),
+             "smallest [mL]": float(r["ml_min"]), "largest [mL]": float(r["ml_max"])}
+            for r in read_csv(folder/"analysis"/"classes.csv")]
+    pictures = {"Mean volume of each class over the cases that have it": "analysis/volumes.png"} if rows else {}
+    if _picture(folder/"case.png", read_datalist(listed), root):
+        pictures = {"The first case with its labels": "case.png", **pictures}
+    return Shown(f"{len(rows)} classes in {found['cases']} cases; the rarest is {found['rarest'] or 'none'}.",
+                 {"classes": len(rows), "labelled [mL]": found["labelled_ml"]}, rows, pictures)
+
+def _picture(path: Path, dl: DataList, root: Path) -> bool:
+    "Three planes of the first case whose label can be shown on its image"
+    for item in sorted((i for i in dl.training if isinstance(i["image"], str)), key=lambda i: i["image"]):
+        try: img, lbl = (reorient(read_volume(item_path(root, item[k])), "RAS") for k in ("image", "label"))
         except (DataError, FormatError, MissingFile): continue
         if img.channels is None and same_grid(img, lbl, 0.1*min(img.spacing)):
-            figure = plot.planes(img.data, lbl.data.astype(np.int64), img.spacing, title=item["image"])
-            plot.save_figure(figure, folder/"case.png")
-            pictures = {"The first case with its labels": "case.png", **pictures}
-            break
-    text = f"{len(ids)} classes in {len(good)} cases."
-    if failures: text += f" {len(failures)} labels could not be read."
-    total = float(sum(sum(v.values()) for _, v in good))
-    return Shown(text, {"classes": len(ids), "labelled [mL]": total}, rows, pictures)
+            fig = plot.planes(img.data, lbl.data.astype(np.int64), img.spacing, title=item["image"])
+            plot.save_figure(fig, path)
+            return True
+    return False
 
 # %% [markdown]
 # ## The job
@@ -308,9 +197,12 @@ def _statistics(folder: Path, job: Job, root: Path, workers: int) -> Shown:
 #| export
 def _listing(root: Path) -> list:
     "Names, sizes and times of the user's files, to notice when they change"
-    pairs = find_pairs(root)
-    files = sorted({n for c in pairs.cases.values() for n in c} | {p.name for p in root.glob("*.json")})
-    return [[n, (root/n).stat().st_size, (root/n).stat().st_mtime_ns] for n in files]
+    if not root.is_dir(): raise MissingFile(f"{root} is not a folder")
+    found = scan(load_recipe(_recipe(root)), root)
+    if not found.pairs: raise DataError(f"{root}: no image has the name of a label")
+    names = {n for p in found.pairs for n in (p.image if isinstance(p.image, tuple) else (p.image,))}
+    names |= {p.label for p in found.pairs} | {p.name for p in root.glob("*.json")}
+    return [[n, (root/n).stat().st_size, (root/n).stat().st_mtime_ns] for n in sorted(names)]
 
 def demo_job(
     out: str | os.PathLike = "medvol_demo", # folder of the job
@@ -322,23 +214,27 @@ def demo_job(
     limit: int | None = None, # use only so many cases
 ) -> Job: # its steps, not run yet
     "The steps of the demo"
-    if cases < 1 or (limit is not None and limit < 1): raise DataError("cases and limit must be >= 1")
+    if cases < 1 or seed < 0 or (limit is not None and limit < 1):
+        raise DataError(f"cases and limit must be >= 1, seed >= 0, got {cases}, {limit} and {seed}")
     steps, needs = [], ()
     source: Any = None
+    name = "Brains" if data is None else Path(data).resolve().name
     if data is None:
         root, needs = Path(out)/"01_dataset", ("dataset",)
         template = [file_digest(p) for p in template_paths().values()]
         make = lambda f, job: _write_dataset(f, cases, seed, workers)
         steps.append(Step("dataset", "A small dataset of brains", make, params=[cases, seed, template]))
     else: root, source = Path(data), _listing(Path(data))
-    folds, below = min(5, cases if data is None else 5), (*needs, "datalist")
-    deal = lambda f, job: _write_datalist(f, root, folds, limit)
+    deal = lambda f, job: _write_datalist(f, root, name, seed, limit)
+    check = lambda f, job: _verify(f, job, root, workers)
+    count = lambda f, job: _statistics(f, job, root, workers)
     steps += [
-        Step("datalist", "Pairs and folds", deal, needs, [source, limit]),
-        Step("verify", "Verification", lambda f, job: _verify(f, job, root, workers), below),
-        Step("statistics", "What is in the labels", lambda f, job: _statistics(f, job, root, workers), below),
+        Step("datalist", "Pairs and folds", deal, needs, [source, name, seed, limit]),
+        Step("verify", "Verification", check, (*needs, "datalist")),
+        Step("labels", "One label space", _labels, ("datalist",)),
+        Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
     ]
-    title = "medvol_nb on the MNI152 brain" if data is None else f"medvol_nb on {Path(data).resolve().name}"
+    title = "medvol_nb on the MNI152 brain" if data is None else f"medvol_nb on {name}"
     return Job(out, steps, title)
 
 def demo(
@@ -362,7 +258,7 @@ def demo(
 # %%
 with tmpdir() as d:
     done = demo(d/"out", cases=3)
-    picture = Image((d/"out"/"04_statistics"/"case.png").read_bytes())
+    picture = Image((d/"out"/"05_statistics"/"case.png").read_bytes())
     again = demo(d/"out", cases=3)["ran"]
     files = sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file())
 picture
@@ -373,5 +269,4 @@ done["figures"], done["ran"], again
 # %%
 assert done["figures"]["verify"] == {"errors": 0, "warnings": 0} and again == []
 assert 1000 < done["figures"]["statistics"]["labelled [mL]"]/3 < 2500
-with raises(MissingFile, match="has no folders images and labels"):
-    with tmpdir() as d: demo(d/"out", d)
+with raises(MissingFile, match="is not a folder"): demo("out", "no/such/folder")

@@ -67,11 +67,12 @@ def written() -> set[int]:
 
 
 def table(rows: dict[int, Row]) -> str:
-    lines = [f"{'row':>3}  {'name':<44} {'instances':>13}  {'silent':>6}  {'longest':>8}  {'time':>8}  result"]
+    lines = [f"{'row':>3}  {'name':<42} {'instances':>13}  {'silent':>6}  {'longest':>8}  {'time':>8}  result"]
     for number, r in sorted(rows.items()):
         names = ", ".join(r.names)
-        names = names if len(names) <= 44 else names[:41] + "..."
-        lines.append(f"{number:>3}  {names:<44} {f'{r.passed}/{r.total}':>13}  {r.silently_wrong:>6}  {r.worst:>6.1f} s  "
+        names = names if len(names) <= 42 else names[:39] + "..."
+        counts = f"{r.passed}/{r.total}"
+        lines.append(f"{number:>3}  {names:<42} {counts:>13}  {r.silently_wrong:>6}  {r.worst:>6.1f} s  "
                      f"{r.seconds:>6.1f} s  {r.state}")
         lines += [f"       failed: {t}" for t in r.failed]
     return "\n".join(lines)
