@@ -382,9 +382,12 @@ class LabelSpace:
         "Classes that a class belongs to"
         return self._active[class_id].parents if class_id in self._active else ()
 
-    def problems(self) -> list[tuple[str, str]]: # (code, text): W404, E405, E406, W407
+    def problems(
+        self,
+        datasets: Iterable[str] | None = None, # look only at the mappings of these data sets; default: all
+    ) -> list[tuple[str, str]]: # (code, text): W404, E405, E406, W407
         "What should be looked at before training with these labels"
-        return _problems(self)
+        return _problems(self, None if datasets is None else set(datasets))
 
     def lut(
         self,
@@ -597,9 +600,10 @@ with raises(DataError, match="no class 'panceas', did you mean \\['pancreas'"): 
 
 # %%
 #| export
-def _problems(space: LabelSpace) -> list[tuple[str, str]]:
+def _problems(space: LabelSpace, datasets: set[str] | None) -> list[tuple[str, str]]:
     found, active = [], space._active
     for d in space.mappings:
+        if datasets is not None and d not in datasets: continue
         for k, name in space.unmapped(d).items():
             found.append(("W404", f"unmapped class: data set {d!r}, local id {k} {name!r} has no global class"))
             if k in active:

@@ -219,7 +219,6 @@ def test_wide_integers_are_narrowed_only_when_nothing_is_lost(tmp_path):
         assert_array_equal(read_nifti(path).data, data)
 
 
-@pytest.mark.xfail(reason="np.dtype('>i8') in (np.int64, ...) is False: big-endian arrays are stored wide; reported")
 def test_wide_big_endian_integers_are_narrowed_too(tmp_path):
     path = write_nifti(Volume(np.array([0, 5], ">i8").reshape(2, 1, 1), np.eye(4)), tmp_path/"a.nii")
     assert read_nifti(path).dtype == np.int32
@@ -339,10 +338,8 @@ def test_several_gzip_members_are_one_stream(tmp_path, scan):
         with pytest.raises(FormatError, match="damaged|CRC|check"): read_nifti(path)
 
 
-HEADER_BLOCK = "read_nifti_header looks at one gzip member and 2048 packed bytes only; reported"
 
 
-@pytest.mark.xfail(reason=HEADER_BLOCK)
 def test_members_cut_inside_the_header(tmp_path, scan):
     raw, data = scan
     for cuts in ((100,), (0,), (10, 20, 30)):
@@ -360,7 +357,6 @@ def test_names_comments_and_extra_fields_in_the_gzip_header(tmp_path, scan):
         assert_array_equal(read_nifti(tmp_path/"a.nii.gz").data, data)
 
 
-@pytest.mark.xfail(reason=HEADER_BLOCK)
 def test_a_long_gzip_header(tmp_path, scan):
     raw, data = scan
     for flags, fields in ((4, struct.pack("<H", 5000) + bytes(5000)), (8, b"x"*5000 + b"\0")):
