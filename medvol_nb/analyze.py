@@ -50,8 +50,8 @@ def dataset_weights(
 def _classes(dl: DataList, space: LabelSpace | None) -> dict[int, tuple[int, str]]:
     "Local id -> (id to count under, name); without a space, or for unmapped ids, the local id made negative or kept"
     if space is None: return {k: (k, v) for k, v in dl.label_dict.items()}
-    mapping, names = space.mapping(dl.name), space.class_names()
-    return {k: (mapping[k], names[mapping[k]] or v) for k, v in dl.label_dict.items() if k in mapping}
+    mapping, names = space.mapping(dl.name), {c.id: c.name for c in space.classes}
+    return {k: (mapping[k], names.get(mapping[k], v)) for k, v in dl.label_dict.items() if k in mapping}
 
 def _first(item: Mapping) -> str: return item["image"] if isinstance(item["image"], str) else item["image"][0]
 

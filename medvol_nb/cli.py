@@ -61,7 +61,7 @@ def _type(node: ast.expr, module: str, where: str) -> Any:
     if isinstance(node, ast.Name) and text in _constants(module): return _type(_constants(module)[text], module, where)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         sides = [_type(n, module, where) for n in (node.left, node.right)]
-        kept = [s for s in sides if s is not None and not (s is Path and str in sides)] # a name may mean more than a path
+        kept = [s for s in sides if s is not None and not (s is Path and str in sides)] # a name can mean more than that
         if None in sides: return Optional[kept[0]] # noqa: UP045
         many = [s for s in kept if getattr(s, "__origin__", None) is list]
         return many[0] if many else kept[0]
@@ -169,7 +169,8 @@ def build_app() -> typer.Typer: # the whole command line
     "Assemble the commands of the table"
     settings = {"token_normalize_func": _normal, "help_option_names": ["-h", "--help"], "max_content_width": 100}
     app = typer.Typer(name="medvol", help="From raw 3D biomedical volumes to trained models.", no_args_is_help=True,
-                      add_completion=False, context_settings=settings, rich_markup_mode=None)
+                      add_completion=False, context_settings=settings, rich_markup_mode=None,
+                      pretty_exceptions_enable=False)
     groups: dict[str, typer.Typer] = {}
     for name, target in COMMANDS.items():
         group, _, verb = name.rpartition(" ")

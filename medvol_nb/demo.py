@@ -120,8 +120,8 @@ def _verify(folder: Path, job: Job, root: Path, workers: int) -> Shown:
 
 def _labels(folder: Path, job: Job) -> Shown:
     if not read_datalist(job.folder("datalist")/"datalist.json").label_dict:
-        return Shown("The data has no class names, so its classes keep their numbers. Write them into DIR/dataset.json as "
-                     '{"labels": {"1": "liver"}}.', {"classes": 0})
+        return Shown("The data has no class names, so its classes keep their numbers. Write them into DIR/dataset.json "
+                     'as {"labels": {"1": "liver"}}.', {"classes": 0})
     made = build_label_space([job.folder("datalist")/"datalist.json"], folder/"space", base="empty")
     space = LabelSpace.load(folder/"space"/"label_space.json")
     rows = [{"id": k, "class": n} for k, n in enumerate(space.class_names()) if k and n]

@@ -277,9 +277,12 @@ class LabelSpace:
         "Classes that a class belongs to"
         return self._active[class_id].parents if class_id in self._active else ()
 
-    def problems(self) -> list[tuple[str, str]]: # (code, text): W404, E405, E406, W407
+    def problems(
+        self,
+        datasets: Iterable[str] | None = None, # look only at the mappings of these data sets; default: all
+    ) -> list[tuple[str, str]]: # (code, text): W404, E405, E406, W407
         "What should be looked at before training with these labels"
-        return _problems(self)
+        return _problems(self, None if datasets is None else set(datasets))
 
     def lut(
         self,
@@ -424,9 +427,10 @@ def _extended(space: LabelSpace, dataset: str, label_dict: Mapping, unknown: str
                       {**space.local_names, dataset: {**before, **local}})
 
 # %% ../nbs/10_labels.ipynb #_problems
-def _problems(space: LabelSpace) -> list[tuple[str, str]]:
+def _problems(space: LabelSpace, datasets: set[str] | None) -> list[tuple[str, str]]:
     found, active = [], space._active
     for d in space.mappings:
+        if datasets is not None and d not in datasets: continue
         for k, name in space.unmapped(d).items():
             found.append(("W404", f"unmapped class: data set {d!r}, local id {k} {name!r} has no global class"))
             if k in active:
@@ -660,7 +664,7 @@ def build_label_space(
     known = {c.id for c in start.classes}
     report = {"out": str(out), "written": [], "classes": len(space.to_label_dict()), "datasets": len(space.mappings),
               "added": {c.name: c.id for c in space.classes if c.id not in known},
-              "problems": [list(p) for p in space.problems()]}
+              "problems": [list(p) for p in space.problems(map(dataset_name_of, datalists))]}
     if dry_run: return report
     if not Path(out).is_dir():
         check_output(out, on_exists)

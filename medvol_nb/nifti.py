@@ -194,6 +194,12 @@ def read_nifti_header(
         if raw[:2] == b"\x1f\x8b":
             try: raw = fastzlib.decompressobj(wbits=31).decompress(raw, 1024)
             except Exception as e: raise FormatError(f"{path}: damaged compressed data ({e})") from None
+            if len(raw) < 544: # a long gzip header, or the first of several members
+                f.seek(0)
+                raw = b""
+                for block in _members(f, str(path), 1024):
+                    raw += block
+                    if len(raw) >= 544: break
     return parse_nifti_header(raw, str(path))
 
 # %% ../nbs/04a_nifti.ipynb #header_notes
@@ -211,7 +217,7 @@ def header_notes(
             notes.append(("W205", f"q-form and s-form disagree{far}, s-form is used"))
     affine = head.affine
     zooms = np.sqrt((affine[:3, :3]**2).sum(axis=0))
-    if zooms.all():
+    if zooms.all() and np.isfinite(zooms).all():
         cosines = affine[:3, :3]/zooms
         shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
         if shear > 1e-3:
@@ -268,12 +274,13 @@ def read_nifti(
 def _storable(data: np.ndarray) -> np.dtype:
     "Number type to store: exact, and one that other tools read"
     kind = np.dtype(data.dtype)
+    if kind.kind in "iuf": kind = kind.newbyteorder("=")
     if kind.kind == "b": return np.dtype(np.uint8)
     if kind == np.float16: return np.dtype(np.float32)
     if kind in (np.int64, np.uint64):
         lo, hi = (int(data.min()), int(data.max())) if data.size else (0, 0)
         return np.dtype(np.int32) if -2**31 <= lo and hi < 2**31 else kind
-    if kind.newbyteorder("=").str[1:] in DTYPES.values(): return kind.newbyteorder("=")
+    if kind.str[1:] in DTYPES.values(): return kind
     raise DataError(f"NIfTI cannot hold {kind} voxels")
 
 def _pack_header(shape: tuple[int, ...], channels: int | None, dtype: np.dtype, affine: np.ndarray, text: str) -> bytes:
@@ -324,7 +331,8 @@ def write_nifti(
     if 0 in vol.data.shape: raise DataError(f"{path}: NIfTI cannot hold a volume of shape {tuple(vol.data.shape)}")
     if not check_output(path, on_exists): return path
     lead = vol.channels is not None
-    dtype = _storable(np.asarray(vol.data[...]) if vol.dtype in (np.int64, np.uint64) else vol.data)
+    wide = vol.dtype.kind in "iu" and vol.dtype.itemsize == 8
+    dtype = _storable(np.asarray(vol.data[...]) if wide else vol.data)
     parts = range(vol.channels) if lead else [None]
     with atomic(path) as t, open(t, "wb") as f:
         packer = fastzlib.compressobj(level, wbits=31) if path.name.endswith(".gz") else None

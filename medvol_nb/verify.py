@@ -212,7 +212,8 @@ def verify(
     for dl in lists: _check_classes(dl, [(t, d) for t, d in zip(tasks, done) if t.dataset == dl.name], level, findings)
     _leaks(tasks, [d["ids"][0] for d in done], findings)
     if level == "full": _forgotten_crops(tasks, [d["facts"] for d in done], findings)
-    if space is not None: findings += [Finding(c, "", "", str(space), t) for c, t in LabelSpace.load(space).problems()]
+    if space is not None:
+        findings += [Finding(c, "", "", str(space), t) for c, t in LabelSpace.load(space).problems(names)]
     place = {n: k for k, n in enumerate(names)}
     def order(f: Finding) -> tuple:
         section, _, number = f.item.partition("/")

@@ -305,12 +305,15 @@ def remove_tree(
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
+_until_sweep: dict[str, int] = {} # folder -> writes until it is looked at again: listing a large one costs too much
+
 def sweep_temporary(
     folder: str | os.PathLike, # folder whose direct children are looked at
 ) -> list[str]: # names removed
     "Remove what killed writers left behind in `folder`; what live processes own stays"
-    swept = []
-    for p in Path(folder).glob(f"{_TEMP}*"):
+    swept, names = [], os.listdir(folder)
+    _until_sweep[os.fspath(folder)] = len(names)//16
+    for p in (Path(folder)/n for n in names if n.startswith(_TEMP)):
         owner = re.match(rf"{re.escape(_TEMP)}[0-9a-f]{{8}}-([0-9a-f]{{6}}-\d+-\d+)-", p.name)
         if not owner or not _is_dead(owner[1]): continue
         with contextlib.suppress(OSError): remove_tree(p); swept.append(p.name) # another process may be sweeping, too
@@ -373,7 +376,8 @@ def atomic(
     if path.exists() and path.is_dir() != folder:
         there, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise OutputExists(f"output {path} is a {there}, a {wanted} was to be written there. Choose another name")
-    sweep_temporary(path.parent)
+    _until_sweep[str(path.parent)] = _until_sweep.get(str(path.parent), 0) - 1
+    if _until_sweep[str(path.parent)] < 0: sweep_temporary(path.parent)
     temp = _temp_for(path)
     try:
         if folder: temp.mkdir()

@@ -18,11 +18,12 @@
 # %%
 #| export
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -454,6 +455,27 @@ def open_hdf5(
         check_budget(dataset.shape, dataset.dtype, where)
         return Volume(dataset[...], affine, axes, MappingProxyType({"path": where, "notes": tuple(notes)}))
 
+class _Sink(io.FileIO):
+    "File for libraries that crash on a full disk, or do not notice it: takes all they write and remembers the error"
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        n = len(rest)
+        try:
+            while self.error is None and rest: rest = rest[super().write(rest):]
+        except OSError as e: self.error = e
+        return n
+
+    def truncate(self, size: int | None = None) -> int:
+        try: return super().truncate(size)
+        except OSError as e: self.error = self.error or e
+        return size or 0
+
+    def check(self) -> None:
+        "Raise what went wrong"
+        if self.error is not None: raise self.error
+
 def write_hdf5(
     vol: Volume, # any axes
     path: str | os.PathLike, # new file
@@ -467,12 +489,14 @@ def write_hdf5(
     path = Path(path)
     sizes = _chunks_for(vol.data.shape, chunks)
     if not check_output(path, on_exists): return path
-    with atomic(path) as t, h5py.File(t, "w", track_order=False, libver=("v110", "v110")) as f:
-        dataset = f.create_dataset(name, vol.data.shape, vol.dtype, chunks=sizes,
-                                   compression="gzip", compression_opts=1, shuffle=True, fletcher32=True,
-                                   track_times=False)
-        dataset.attrs["axes"], dataset.attrs["affine"] = np.bytes_(vol.axes), vol.affine.ravel()
-        _fill(dataset, vol)
+    with atomic(path) as t, _Sink(t, "w+") as sink:
+        with h5py.File(sink, "w", track_order=False, libver=("v110", "v110")) as f:
+            dataset = f.create_dataset(name, vol.data.shape, vol.dtype, chunks=sizes,
+                                       compression="gzip", compression_opts=1, shuffle=True, fletcher32=True,
+                                       track_times=False)
+            dataset.attrs["axes"], dataset.attrs["affine"] = np.bytes_(vol.axes), vol.affine.ravel()
+            _fill(dataset, vol)
+        sink.check()
     return path
 
 # %%
@@ -514,9 +538,11 @@ def write_numpy(
     "Write a volume to a NumPy file, atomically"
     path = Path(path)
     if not check_output(path, on_exists): return path
-    with atomic(path) as t, open(t, "wb") as f:
-        if path.suffix == ".npz": np.savez(f, data=np.asarray(vol.data[...]), affine=vol.affine, axes=vol.axes)
-        else: np.save(f, np.asarray(vol.data[...]), allow_pickle=False)
+    with atomic(path) as t, _Sink(t, "w+") as sink:
+        if path.suffix == ".npz": np.savez(sink, data=np.asarray(vol.data[...]), affine=vol.affine, axes=vol.axes)
+        else: # a bare `write` keeps NumPy from writing past Python, where errors get lost
+            np.save(SimpleNamespace(write=sink.write), np.asarray(vol.data[...]), allow_pickle=False)
+        sink.check()
     return path
 
 # %%

@@ -966,7 +966,7 @@ def build_label_space(
     known = {c.id for c in start.classes}
     report = {"out": str(out), "written": [], "classes": len(space.to_label_dict()), "datasets": len(space.mappings),
               "added": {c.name: c.id for c in space.classes if c.id not in known},
-              "problems": [list(p) for p in space.problems()]}
+              "problems": [list(p) for p in space.problems(map(dataset_name_of, datalists))]}
     if dry_run: return report
     if not Path(out).is_dir():
         check_output(out, on_exists)

@@ -206,7 +206,8 @@ def build_app() -> typer.Typer: # the whole command line
     "Assemble the commands of the table"
     settings = {"token_normalize_func": _normal, "help_option_names": ["-h", "--help"], "max_content_width": 100}
     app = typer.Typer(name="medvol", help="From raw 3D biomedical volumes to trained models.", no_args_is_help=True,
-                      add_completion=False, context_settings=settings, rich_markup_mode=None)
+                      add_completion=False, context_settings=settings, rich_markup_mode=None,
+                      pretty_exceptions_enable=False)
     groups: dict[str, typer.Typer] = {}
     for name, target in COMMANDS.items():
         group, _, verb = name.rpartition(" ")

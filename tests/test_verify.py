@@ -138,14 +138,12 @@ def test_W309_a_crop_whose_affine_was_forgotten(dataset):
     assert [r["path"] for r in rows] == ["bad_img.nii.gz"] and "index (0, 0, 9)" in rows[0]["finding"]
 
 
-def test_label_space_problems_join_the_table(dataset, tmp_path):
+def test_label_space_problems_of_these_lists_join_the_table(dataset, tmp_path):
     folder, items = dataset
-    space = LabelSpace.shipped()
-    space.save(tmp_path / "space.json")
-    want = {c for c, _ in space.problems()}
-    assert want <= set(codes(verify([listed(folder, "A", items)], space=tmp_path / "space.json"))) | (
-        {"none"} if not want else set()
-    )
+    names = {**phantoms.abdomen(shape=SHAPE).names, 3: "dragon"}
+    LabelSpace.shipped().extended("A", names, unknown="unmapped").save(tmp_path / "space.json")
+    report = verify([listed(folder, "A", items, names=names)], space=tmp_path / "space.json")
+    assert codes(report) == {"E405": 3, "W404": 3} and "dragon" in str(report) and "VerSe" not in str(report)
 
 
 def test_pseudo_labels_and_supervoxels_are_checked_too(dataset):
