@@ -281,8 +281,8 @@ def _check_headers(pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
             if head is not None and heads[k].crc[i] and not any(r[1] == role and r[0] == "E201" for r in rows):
                 rows += _trailer(pairs[i][k], role, int(heads[k].nbytes[i]), head)
         if rows: found[str(i)] = rows
-    return {"found": found, "ids": [[int(h.crc[i]) << 32 | int(h.nbytes[i]) if h.crc[i] else 0 for h in heads]
-                                    for i in range(len(pairs))]}
+    both = lambda h: np.where(h.crc > 0, h.crc.astype(np.uint64) << 32 | h.nbytes.astype(np.uint64), 0)
+    return {"found": found, "ids": np.stack([both(h) for h in heads], 1).astype("<u8").tobytes().hex()}
 
 def _trailer(path: str, role: str, length: int, head: Volume) -> list[_Raw]:
     "If the length in the gzip trailer is not what the header promises, decompress to know"
@@ -500,10 +500,26 @@ def _look(chunk: Sequence[tuple[str, str | None]], level: str) -> dict[str, Any]
     if level == "full":
         done = [measure_pair(*p) for p in chunk]
         found = {str(i): d["found"] for i, d in enumerate(done) if d["found"]}
-        return {"found": found, "ids": [d["ids"] for d in done], "facts": [d["facts"] for d in done]}
+        ids = np.array([d["ids"] for d in done], "<u8").tobytes().hex()
+        return {"found": found, "ids": ids, "facts": [d["facts"] for d in done]}
     gone = {str(i): [(c, r, "does not exist") for c, r, p in (("E101", "image", a), ("E102", "label", b))
                      if p is not None and not os.path.exists(p)] for i, (a, b) in enumerate(chunk)}
-    return {"found": {i: rows for i, rows in gone.items() if rows}, "ids": [[0, 0]]*len(chunk)}
+    return {"found": {i: rows for i, rows in gone.items() if rows}, "ids": bytes(16*len(chunk)).hex()}
+
+@dataclass(frozen=True, eq=False)
+class Checked(Sequence):
+    "Results of many pairs; takes memory for those that have something to report, and 16 bytes for the others"
+    found: dict[int, list[_Raw]] # pair number -> findings; pairs without are left out
+    ids: np.ndarray # (n, 2) uint64 that identify the contents of image and label; 0: unknown
+    facts: list[dict[str, Any]] # statistics of each pair at the full level, else empty
+
+    def __len__(self) -> int: return len(self.ids)
+    def __getitem__(self, i: Any) -> Any: # dict with 'found', 'ids', 'facts'
+        if isinstance(i, slice): return [self[k] for k in range(len(self))[i]]
+        k = range(len(self))[i]
+        facts = self.facts[k] if self.facts else {}
+        return {"found": self.found.get(k, []), "ids": tuple(map(int, self.ids[k])), "facts": facts}
+    def __eq__(self, other: Any) -> bool: return list(self) == list(other)
 
 def check_pairs(
     pairs: Sequence[tuple[str, str | None]], # (image, label) files; None: unlabelled
@@ -511,7 +527,7 @@ def check_pairs(
     *,
     workers: int = 0, # processes
     cache: str | os.PathLike | None = None, # folder that remembers what was looked at; None: forget
-) -> list[dict[str, Any]]: # per pair: 'found', 'ids' and, at the full level, 'facts'
+) -> Checked: # per pair: findings, content and, at the full level, statistics
     "Look at many pairs, skipping those that did not change since the cache saw them"
     size = 1 if level == "full" else _CHUNK
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
@@ -524,16 +540,17 @@ def check_pairs(
         identity = {"level": level, "version": _VERSION}
         with Ledger(Path(cache)/f"{level}.jsonl", identity) as ledger: values, failures = run(ledger)
     lost = {f.index: f.error for f in failures}
-    out = []
+    found, ids, facts = {}, np.zeros((len(pairs), 2), np.uint64), []
     for n, (chunk, value) in enumerate(zip(chunks, values)):
+        first = n*size
         if value is None: # a worker died on this chunk: its pairs are reported, not the run ended
-            row = {"found": [("E301", "image", f"could not be checked: {lost[n]}")], "ids": [0, 0], "facts": {}}
-            out += [row]*len(chunk)
-            continue
-        facts = value.get("facts") or [{}]*len(chunk)
-        out += [{"found": [tuple(r) for r in value["found"].get(str(i), ())], "ids": value["ids"][i], "facts": facts[i]}
-                for i in range(len(chunk))]
-    return out
+            row = ("E301", "image", f"could not be checked: {lost[n]}")
+            rows = {str(i): [row] for i in range(len(chunk))}
+            value = {"found": rows, "ids": bytes(16*len(chunk)).hex(), "facts": [{}]*len(chunk)}
+        found |= {first + int(i): [tuple(r) for r in rows] for i, rows in value["found"].items()}
+        ids[first:first + len(chunk)] = np.frombuffer(bytes.fromhex(value["ids"]), "<u8").reshape(-1, 2)
+        if level == "full": facts += value["facts"]
+    return Checked(found, ids, facts)
 
 # %%
 with tmpdir() as d:

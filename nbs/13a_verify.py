@@ -231,14 +231,17 @@ def verify(
     _repeats(tasks, findings)
     if limit is None: _unused(tasks, roots, findings)
     done = check_pairs([(t.image, t.label) for t in tasks], level, workers=workers, cache=cache)
-    for t, d in zip(tasks, done):
-        for code, role, text in d["found"]:
+    for k, rows in done.found.items():
+        t = tasks[k]
+        for code, role, text in rows:
             path = t.shown[0] if role == "image" else t.shown[1]
             text = text if role == "image" or t.role == "label" else f"{t.role} {text}"
             findings.append(Finding(code, t.dataset, t.item, path, text))
-    for dl in lists: _check_classes(dl, [(t, d) for t, d in zip(tasks, done) if t.dataset == dl.name], level, findings)
-    _leaks(tasks, [d["ids"][0] for d in done], findings)
-    if level == "full": _forgotten_crops(tasks, [d["facts"] for d in done], findings)
+    _leaks(tasks, done.ids[:, 0].tolist(), findings)
+    if level == "full":
+        for dl in lists:
+            _check_classes(dl, [(t, f) for t, f in zip(tasks, done.facts) if t.dataset == dl.name], findings)
+        _forgotten_crops(tasks, done.facts, findings)
     if space is not None:
         findings += [Finding(c, "", "", str(space), t) for c, t in LabelSpace.load(space).problems(names)]
     place = {n: k for k, n in enumerate(names)}
@@ -255,18 +258,18 @@ def verify(
         write_json(Path(out)/"report.json", report, on_exists)
     return report
 
-def _check_classes(dl: DataList, done: list, level: str, found: list[Finding]) -> None:
+def _check_classes(dl: DataList, done: list, found: list[Finding]) -> None:
     "Label values against the label dictionary"
-    if level != "full" or not dl.label_dict: return
+    if not dl.label_dict: return
     present: set[int] = set()
-    for t, d in done:
-        if t.role != "label" or "label" not in d["facts"]: continue
-        ids = {int(k) for k in d["facts"]["label"]["counts"]} - {0}
+    for t, facts in done:
+        if t.role != "label" or "label" not in facts: continue
+        ids = {int(k) for k in facts["label"]["counts"]} - {0}
         present |= ids
         if unknown := sorted(ids - set(dl.label_dict)):
             text = f"values {unknown[:10]}, the dictionary has {sorted(dl.label_dict)[:20]}"
             found.append(Finding("E303", dl.name, t.item, t.shown[1], text))
-    if not any("label" in d["facts"] for _, d in done): return
+    if not any("label" in facts for _, facts in done): return
     for k in sorted(set(dl.label_dict) - present):
         found.append(Finding("W304", dl.name, "", "", f"{k} '{dl.label_dict[k]}'"))
 

@@ -13,6 +13,8 @@
 # | 04–04c | volumes: geometry, NIfTI, chunked stores, one reader for all formats |
 # | 05–07a | intensity, sliding windows, pictures |
 # | 08–09 | checkpoints, the training loop, network blocks |
+# | 10–11d | label spaces, data lists, splits, loading, conversion, pairing by name |
+# | 12–14a | recipes of datasets, verification, class statistics, a training loader |
 # | 85–87 | environment check, jobs with reports, the demo |
 # | 89–90 | signatures and the command line made from them |
 #

@@ -285,7 +285,27 @@ def test_a_worker_that_dies_costs_one_finding_not_the_run(pair, tmp_path, monkey
 
     def look(chunk, level): # a function of this file travels to the worker by value, a patched module would not
         done = [deadly(*p) for p in chunk]
-        return {"found": {}, "ids": [d["ids"] for d in done], "facts": [d["facts"] for d in done]}
+        ids = np.array([d["ids"] for d in done], "<u8").tobytes().hex()
+        return {"found": {}, "ids": ids, "facts": [d["facts"] for d in done]}
     monkeypatch.setattr(checks, "_look", look)
     results = check_pairs([pair, (poison, pair[1]), pair], "full", workers=2)
     assert [codes(r) for r in results] == [[], ["E301"], []] and "could not be checked" in results[1]["found"][0][2]
+
+
+def test_A7_memory_does_not_grow_with_the_number_of_cases(pair):
+    "1,000 against 100,000 headers, each in a fresh process; what remains is the list of names and 16 bytes a pair"
+    import subprocess
+    import sys
+    script = """
+import resource, sys
+from medvol_nb.checks import check_pairs
+pairs = [(sys.argv[2], sys.argv[3])]*int(sys.argv[1])
+check_pairs(pairs[:10])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+done = check_pairs(pairs)
+assert len(done) == len(pairs) and not done.found
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = [int(subprocess.run([sys.executable, "-c", script, str(n), *pair], capture_output=True, text=True,
+                                check=True).stdout) for n in (1_000, 100_000)]
+    assert grown[1] < 16*1024, f"{grown[1]} KiB more for 100,000 pairs, {grown[0]} KiB for 1,000"
