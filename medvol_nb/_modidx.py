@@ -511,7 +511,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medvol_nb.loader.balanced_starts': ('loader.html#balanced_starts', 'medvol_nb/loader.py'),
                                   'medvol_nb.loader.cast_roles': ('loader.html#cast_roles', 'medvol_nb/loader.py'),
                                   'medvol_nb.loader.collate_patches': ('loader.html#collate_patches', 'medvol_nb/loader.py'),
-                                  'medvol_nb.loader.dataset_weights': ('loader.html#dataset_weights', 'medvol_nb/loader.py'),
                                   'medvol_nb.loader.prepare_case': ('loader.html#prepare_case', 'medvol_nb/loader.py'),
                                   'medvol_nb.loader.read_case': ('loader.html#read_case', 'medvol_nb/loader.py'),
                                   'medvol_nb.loader.sampling_weights': ('loader.html#sampling_weights', 'medvol_nb/loader.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VISTA_CT', 'MAP_KEYS', 'PSEUDO_SET', 'PSEUDO_EXTRA', 'LoaderSettings', 'cast_roles', 'target_classes', 'read_case',
-           'prepare_case', 'balanced_starts', 'TrainingDataset', 'dataset_weights', 'sampling_weights',
-           'training_dataset', 'collate_patches']
+           'prepare_case', 'balanced_starts', 'TrainingDataset', 'sampling_weights', 'training_dataset',
+           'collate_patches']
 
 # %% ../nbs/14a_loader.ipynb #imports
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from .analyze import dataset_weights
 from .config import Config
 from .core import ConfigError, DataError, FormatError, MissingFile, close
 from .datalists import DataList, read_datalist
@@ -331,13 +332,7 @@ def _stacked(data: TrainingDataset, item: Mapping[str, Any], patches: list[dict[
         out[f"has_{key}"] = has[key]
     return out | {"label_set": item["label_set"], "dataset_name": item["dataset_name"]}
 
-# %% ../nbs/14a_loader.ipynb #dataset_weights
-def dataset_weights(
-    items: Sequence[Mapping[str, Any]], # with `dataset_name`
-) -> dict[str, float]: # data set -> 100/n
-    "Odds of a single case of each data set, such that all data sets are drawn equally often"
-    return {name: 100/n for name, n in Counter(i["dataset_name"] for i in items).items()}
-
+# %% ../nbs/14a_loader.ipynb #sampling_weights
 def sampling_weights(
     items: Sequence[Mapping[str, Any]], # with `dataset_name`
     sample_weights: Sequence[float] | None = None, # one a case, relative within its data set; None: all equal
@@ -347,7 +342,7 @@ def sampling_weights(
     if own.shape != (len(items),) or not np.isfinite(own).all() or (own < 0).any():
         raise DataError(f"sample_weights: {len(items)} finite numbers >= 0 are needed, got shape {own.shape}")
     names = [i["dataset_name"] for i in items]
-    share, mean = dataset_weights(items), {n: own[[m == n for m in names]].mean() for n in set(names)}
+    share, mean = dataset_weights(Counter(names)), {n: own[[m == n for m in names]].mean() for n in set(names)}
     if empty := sorted(n for n, m in mean.items() if m == 0):
         raise DataError(f"sample_weights: all cases of {empty} have weight 0. Leave the data set out instead")
     return [float(share[n]*w/mean[n]) for n, w in zip(names, own)]

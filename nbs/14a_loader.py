@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from medvol_nb.analyze import dataset_weights
 from medvol_nb.config import Config
 from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, close
 from medvol_nb.datalists import DataList, read_datalist
@@ -519,12 +520,6 @@ def _stacked(data: TrainingDataset, item: Mapping[str, Any], patches: list[dict[
 
 # %%
 #| export
-def dataset_weights(
-    items: Sequence[Mapping[str, Any]], # with `dataset_name`
-) -> dict[str, float]: # data set -> 100/n
-    "Odds of a single case of each data set, such that all data sets are drawn equally often"
-    return {name: 100/n for name, n in Counter(i["dataset_name"] for i in items).items()}
-
 def sampling_weights(
     items: Sequence[Mapping[str, Any]], # with `dataset_name`
     sample_weights: Sequence[float] | None = None, # one a case, relative within its data set; None: all equal
@@ -534,7 +529,7 @@ def sampling_weights(
     if own.shape != (len(items),) or not np.isfinite(own).all() or (own < 0).any():
         raise DataError(f"sample_weights: {len(items)} finite numbers >= 0 are needed, got shape {own.shape}")
     names = [i["dataset_name"] for i in items]
-    share, mean = dataset_weights(items), {n: own[[m == n for m in names]].mean() for n in set(names)}
+    share, mean = dataset_weights(Counter(names)), {n: own[[m == n for m in names]].mean() for n in set(names)}
     if empty := sorted(n for n, m in mean.items() if m == 0):
         raise DataError(f"sample_weights: all cases of {empty} have weight 0. Leave the data set out instead")
     return [float(share[n]*w/mean[n]) for n, w in zip(names, own)]
@@ -543,7 +538,7 @@ def sampling_weights(
 weights = sampling_weights(cases, [1, 1, 2, 1, 1])
 assert close(sum(weights[:3]), 100) and close(sum(weights[3:]), 100)
 with raises(DataError, match="all cases of \\['NLST'\\] have weight 0"): sampling_weights(cases, [1, 1, 1, 0, 0])
-dataset_weights(cases), [round(w, 1) for w in weights]
+dataset_weights(Counter(c["dataset_name"] for c in cases)), [round(w, 1) for w in weights]
 
 # %% [markdown]
 # ## From lists to a data set

@@ -17,7 +17,6 @@ from medvol_nb.loader import (
     balanced_starts,
     cast_roles,
     collate_patches,
-    dataset_weights,
     prepare_case,
     read_case,
     sampling_weights,
@@ -425,8 +424,7 @@ def test_wrong_calls(two):
 def test_weights_make_data_sets_equal(two):
     lists, roots = two
     data = training_dataset(lists, roots, SPACE, settings=FAST)
-    assert dataset_weights(data.items) == {"CT-ORG": 25.0, "NLST": 50.0} and data.weights() == [25]*4 + [50]*2
-    assert dataset_weights([{"dataset_name": "Task06"}]*40)["Task06"] == 2.5, "the published weight of Task06"
+    assert data.weights() == [25]*4 + [50]*2
     own = data.weights([1, 2, 3, 4, 0, 8])
     assert sum(own[:4]) == pytest.approx(100) and own[4:] == [0, 100] and own[3] == pytest.approx(4*own[0])
     drawn = np.concatenate([Batches(data, 6, weights=data.weights()).order(e).ravel() for e in range(400)])
