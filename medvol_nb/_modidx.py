@@ -97,6 +97,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medvol_nb.checks.Finding.severity': ('checks.html#finding.severity', 'medvol_nb/checks.py'),
                                   'medvol_nb.checks._Heads': ('checks.html#_heads', 'medvol_nb/checks.py'),
                                   'medvol_nb.checks._affines': ('checks.html#_affines', 'medvol_nb/checks.py'),
+                                  'medvol_nb.checks._bytes': ('checks.html#_bytes', 'medvol_nb/checks.py'),
                                   'medvol_nb.checks._check_headers': ('checks.html#_check_headers', 'medvol_nb/checks.py'),
                                   'medvol_nb.checks._content': ('checks.html#_content', 'medvol_nb/checks.py'),
                                   'medvol_nb.checks._counts': ('checks.html#_counts', 'medvol_nb/checks.py'),

@@ -137,7 +137,9 @@ def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks:
     from joblib import Parallel, delayed
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-        run = Parallel(n_jobs=n_jobs, return_as="generator_unordered", max_nbytes=None)
+        # joblib runs a single job in this very process; two of which one waits are one worker
+        one = {"n_jobs": 2, "pre_dispatch": 1} if n_jobs == 1 else {"n_jobs": n_jobs}
+        run = Parallel(**one, return_as="generator_unordered", max_nbytes=None)
         for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
             yield _unpacked(index, ok, value)
 
@@ -192,7 +194,6 @@ def _stream(f: Callable, items: Sequence, workers: int, retries: int, timeout: f
         while left:
             group = [alone.pop()] if alone else sorted(left)
             jobs = n_jobs if elsewhere else 1 if len(group) == 1 else workers
-            if jobs == 1 and not elsewhere: jobs, group = 2, group # joblib runs one job in this very process
             try:
                 for i, ok, value in _pool(packed, ((i, _pack(items[i])) for i in group), jobs,
                                           None if elsewhere else marks, None if elsewhere else timeout):

@@ -422,13 +422,14 @@ def resample_to(
     if not order: fill = _checked_fill(fill, vol.dtype)
     matrix = np.linalg.solve(vol.affine, out_axes.affine)
     data = np.asarray(vol.data[...])
-    parts = data if vol.channels is not None else data[None]
-    if order and antialias:
-        from scipy.ndimage import gaussian_filter
-        sigma = np.maximum((np.sqrt((matrix[:3, :3]**2).sum(axis=1)) - 1)/2, 0)
-        if sigma.max() > 1e-3: parts = np.stack([gaussian_filter(p.astype(np.float32), sigma) for p in parts])
-    parts = np.stack([_sample(p, matrix, shape, order, fill) for p in parts])
-    return replace(vol, data=parts if vol.channels is not None else parts[0], affine=out_axes.affine)
+    sigma = np.maximum((np.sqrt((matrix[:3, :3]**2).sum(axis=1)) - 1)/2, 0)
+    def one(part: np.ndarray) -> np.ndarray:
+        if order and antialias and sigma.max() > 1e-3:
+            from scipy.ndimage import gaussian_filter
+            part = gaussian_filter(part.astype(np.float32), sigma)
+        return _sample(part, matrix, shape, order, fill)
+    out = one(data) if vol.channels is None else np.stack([one(part) for part in data])
+    return replace(vol, data=out, affine=out_axes.affine)
 
 def resample(
     vol: Volume, # any volume

@@ -16,6 +16,7 @@
 
 # %%
 #| export
+import contextlib
 import hashlib
 import os
 import zlib
@@ -379,9 +380,9 @@ def intensity_facts(
 ) -> dict[str, float]: # n, mean, std, min, max and percentiles 0.5, 50, 99.5
     "Summary of the intensities of a foreground"
     if not len(values): return {"n": 0}
-    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
-        low = int(values.min())
-        counts = np.bincount(values.astype(np.int32) - low)
+    low = int(values.min()) if values.dtype.kind in "iu" else 0
+    if values.dtype.kind in "iu" and int(values.max()) - low < 1 << 18:
+        counts = np.bincount(np.subtract(values, low, dtype=np.int64))
         total, x = int(counts.sum()), np.arange(len(counts), dtype=np.float64) + low
         mean = float((counts*x).sum()/total)
         std, cumulated = float(np.sqrt((counts*(x - mean)**2).sum()/total)), np.cumsum(counts)
@@ -506,6 +507,13 @@ def _look(chunk: Sequence[tuple[str, str | None]], level: str) -> dict[str, Any]
                      if p is not None and not os.path.exists(p)] for i, (a, b) in enumerate(chunk)}
     return {"found": {i: rows for i, rows in gone.items() if rows}, "ids": bytes(16*len(chunk)).hex()}
 
+def _bytes(pairs: Sequence[tuple[str, str | None]]) -> int:
+    "Size of the files on disk, 0 for those that cannot be asked"
+    total = 0
+    for path in (p for pair in pairs for p in pair if p is not None):
+        with contextlib.suppress(OSError): total += os.stat(path).st_size
+    return total
+
 @dataclass(frozen=True, eq=False)
 class Checked(Sequence):
     "Results of many pairs; takes memory for those that have something to report, and 16 bytes for the others"
@@ -531,25 +539,27 @@ def check_pairs(
     "Look at many pairs, skipping those that did not change since the cache saw them"
     size = 1 if level == "full" else _CHUNK
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
+    order = sorted(range(len(chunks)), key=lambda n: -_bytes(chunks[n])) if level == "full" else range(len(chunks))
+    chunks = [chunks[n] for n in order] # the largest first, so that no worker is left with one at the end
     run = lambda ledger: pmap(lambda c: _look(c, level), chunks, workers, ledger=ledger, desc=f"verifying ({level})",
                               keys=keys, errors="collect")
-    keys = [str(n) if cache is None else f"{n}-{_stamps(c)}" for n, c in enumerate(chunks)]
+    keys = [str(n) if cache is None else f"{n}-{_stamps(c)}" for n, c in zip(order, chunks)]
     if cache is None: values, failures = run(None)
     else:
         Path(cache).mkdir(parents=True, exist_ok=True)
         identity = {"level": level, "version": _VERSION}
         with Ledger(Path(cache)/f"{level}.jsonl", identity) as ledger: values, failures = run(ledger)
     lost = {f.index: f.error for f in failures}
-    found, ids, facts = {}, np.zeros((len(pairs), 2), np.uint64), []
-    for n, (chunk, value) in enumerate(zip(chunks, values)):
+    found, ids, facts = {}, np.zeros((len(pairs), 2), np.uint64), [{}]*(len(pairs) if level == "full" else 0)
+    for n, chunk, value, place in zip(order, chunks, values, range(len(chunks))):
         first = n*size
         if value is None: # a worker died on this chunk: its pairs are reported, not the run ended
-            row = ("E301", "image", f"could not be checked: {lost[n]}")
+            row = ("E301", "image", f"could not be checked: {lost[place]}")
             rows = {str(i): [row] for i in range(len(chunk))}
             value = {"found": rows, "ids": bytes(16*len(chunk)).hex(), "facts": [{}]*len(chunk)}
         found |= {first + int(i): [tuple(r) for r in rows] for i, rows in value["found"].items()}
         ids[first:first + len(chunk)] = np.frombuffer(bytes.fromhex(value["ids"]), "<u8").reshape(-1, 2)
-        if level == "full": facts += value["facts"]
+        if level == "full": facts[first:first + len(chunk)] = value["facts"]
     return Checked(found, ids, facts)
 
 # %%
