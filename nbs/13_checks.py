@@ -310,12 +310,14 @@ def _labelled(lbl: np.ndarray, img: np.ndarray | None = None) -> tuple[np.ndarra
         img, lbl = (np.asfortranarray(a) if img.flags.f_contiguous else np.ascontiguousarray(a) for a in (img, lbl))
     flat, per = _flat(lbl), 8//lbl.dtype.itemsize
     n = len(flat)//per*per
-    hit = flat[:n].view(np.uint64) != 0
-    labels = np.concatenate([flat[:n].reshape(-1, per)[hit].reshape(-1), flat[n:]])
+    words = flat[:n].view(np.uint64)
+    hit = words != 0
+    labels = np.concatenate([words[hit].view(flat.dtype), flat[n:]])
     inside = labels != 0
     if img is None: return labels[inside], None
     values = _flat(img)
-    return labels[inside], np.concatenate([values[:n].reshape(-1, per)[hit].reshape(-1), values[n:]])[inside]
+    blocks = values[:n].view(np.dtype((np.void, per*values.dtype.itemsize))) # as many intensities as a word has labels
+    return labels[inside], np.concatenate([blocks[hit].view(values.dtype), values[n:]])[inside]
 
 def _counts(labels: np.ndarray, total: int) -> dict[int, int]:
     "Voxels of each label, from the labels other than 0 and the number of all voxels"
