@@ -321,7 +321,7 @@ def write_nifti(
     path: str | os.PathLike, # .nii or .nii.gz file
     on_exists: OnExists = "error", # what to do when `path` is there already
     *,
-    level: int = 1, # compression, 0 (fast) to 3 (small); .nii.gz only
+    level: int = 1, # compression, 1 (fast) to 9 (small); .nii.gz only
 ) -> Path: # `path`
     "Write a NIfTI file atomically; equal volumes give equal bytes"
     path = Path(path)
@@ -335,7 +335,7 @@ def write_nifti(
     dtype = _storable(np.asarray(vol.data[...]) if wide else vol.data)
     parts = range(vol.channels) if lead else [None]
     with atomic(path) as t, open(t, "wb") as f:
-        packer = fastzlib.compressobj(level, wbits=31) if path.name.endswith(".gz") else None
+        packer = zlib.compressobj(level, wbits=31) if path.name.endswith(".gz") else None
         put = f.write if packer is None else lambda b: f.write(packer.compress(b))
         put(_pack_header(vol.shape, vol.channels, dtype, vol.affine, "medvol_nb"))
         rows = max(1, (1 << 22)//max(1, vol.shape[0]*vol.shape[1]*dtype.itemsize))
