@@ -260,11 +260,11 @@ def test_equal_volumes_give_equal_bytes(tmp_path, suffix):
 
 def test_every_level_holds_the_same_voxels(tmp_path):
     data = (voxels((40, 41, 42), "u1")//64).astype(np.int16)
-    for level in range(4):
+    for level in (0, 1, 6, 9):
         path = write_nifti(Volume(data, PLACE), tmp_path/f"{level}.nii.gz", level=level)
         assert_array_equal(agree(path)[0].data, data)
         assert zlib.decompress(path.read_bytes(), 31)[352:] == data.tobytes("F")
-    for level in (-1, 4, 9):
+    for level in (-1, 10):
         with pytest.raises((DataError, ValueError)): write_nifti(Volume(data, PLACE), tmp_path/"x.nii.gz", level=level)
     assert not (tmp_path/"x.nii.gz").exists() and len(list(tmp_path.iterdir())) == 4
 
