@@ -63,13 +63,11 @@ def test_command_is_declared():
     module, _, function = target.partition(":")
     assert command == "medvol" and function
     path = ROOT/(module.replace(".", "/") + ".py")
-    if not path.exists(): pytest.skip(f"{module} does not exist yet")
     assert re.search(rf"(?m)^(def {function}\b|{function}\s*=)", path.read_text(encoding="utf-8"))
 
 
 def test_constraints_lie_within_the_ranges():
     file = ROOT/"constraints.txt"
-    if not file.exists(): pytest.skip("constraints.txt does not exist yet")
     pins = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         if not (line := line.split("#")[0].strip()): continue
