@@ -215,6 +215,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'medvol_nb.core._process_token': ('core.html#_process_token', 'medvol_nb/core.py'),
                                 'medvol_nb.core._publish': ('core.html#_publish', 'medvol_nb/core.py'),
                                 'medvol_nb.core._read_text': ('core.html#_read_text', 'medvol_nb/core.py'),
+                                'medvol_nb.core._sweep_now_and_then': ('core.html#_sweep_now_and_then', 'medvol_nb/core.py'),
                                 'medvol_nb.core._temp_for': ('core.html#_temp_for', 'medvol_nb/core.py'),
                                 'medvol_nb.core.atomic': ('core.html#atomic', 'medvol_nb/core.py'),
                                 'medvol_nb.core.check_output': ('core.html#check_output', 'medvol_nb/core.py'),

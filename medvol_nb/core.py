@@ -238,6 +238,11 @@ def sweep_temporary(
         with contextlib.suppress(OSError): remove_tree(p); swept.append(p.name) # another process may be sweeping, too
     return sorted(swept)
 
+def _sweep_now_and_then(folder: Path) -> None:
+    "Before a write into `folder`: sweep it at the first one, and then the more rarely the more it holds"
+    _until_sweep[str(folder)] = _until_sweep.get(str(folder), 0) - 1
+    if _until_sweep[str(folder)] < 0: sweep_temporary(folder)
+
 # %% ../nbs/00_core.ipynb #_fsync
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
@@ -294,8 +299,7 @@ def atomic(
     if path.exists() and path.is_dir() != folder:
         there, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise OutputExists(f"output {path} is a {there}, a {wanted} was to be written there. Choose another name")
-    _until_sweep[str(path.parent)] = _until_sweep.get(str(path.parent), 0) - 1
-    if _until_sweep[str(path.parent)] < 0: sweep_temporary(path.parent)
+    _sweep_now_and_then(path.parent)
     temp = _temp_for(path)
     try:
         if folder: temp.mkdir()
@@ -353,6 +357,7 @@ def lock(
     file = Path(path).with_name(Path(path).name + ".lock")
     mine = f"{_host()}-{_process_token()}"
     check_output(file, "overwrite")
+    _sweep_now_and_then(file.parent)
     for _ in range(20):
         temp = _temp_for(file)
         temp.write_text(mine)

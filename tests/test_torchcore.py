@@ -1,6 +1,5 @@
 """Page 08a: batches with a position, schedule, average, log, and the training loop that resumes exactly."""
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from medvol_nb import torchcore
 from medvol_nb.checkpoints import latest_checkpoint, load_checkpoint, seeded
 from medvol_nb.core import ConfigError, DataError, Locked, MedvolError, OutputExists, read_csv, rng_for
 from medvol_nb.torchcore import Batches, CsvLog, Ema, FitConfig, NonFiniteLoss, fit, lr_at
+from tests.faults.injectors import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS, BATCH = 24, 4 # six steps an epoch
@@ -304,33 +304,18 @@ def test_batches_that_end_early_are_an_error_not_an_endless_loop(tmp_path):
 
 
 # ---- killed and stopped ---------------------------------------------------------------------------------------------
-def killed(folder, after, **changes):
-    "Train in a child that is killed after some seconds; True if it was still at work"
-    child = multiprocessing.get_context("fork").Process(target=train, args=(folder,), kwargs=changes)
-    child.start()
-    child.join(after)
-    child.kill()
-    child.join()
-    return child.exitcode == -signal.SIGKILL
-
-
-def slow_bce(model, batch):
-    time.sleep(0.008)
-    return bce(model, batch)
-
-
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, 8))])
 def test_sigkill_at_random_moments_then_the_same_command(tmp_path, seed):
-    how = {"kind": "norm", "ema_decay": 0.9, "checkpoint_every": 2, "loss": slow_bce}
-    train(tmp_path/"straight"/"run", **how)
-    start = time.monotonic()
-    train(tmp_path/"warm", **how)
-    took, draw, hits = time.monotonic() - start, random.Random(seed), 0
-    (tmp_path/"killed").mkdir()
-    for _ in range(8): hits += killed(tmp_path/"killed"/"run", draw.uniform(0.02, took/4), **how)
-    train(tmp_path/"killed"/"run", **how)
-    assert hits >= 2 and left(tmp_path/"straight"/"run") == left(tmp_path/"killed"/"run")
-    assert not litter(tmp_path/"killed"/"run")
+    how, folder = {"kind": "norm", "ema_decay": 0.9, "checkpoint_every": 2}, tmp_path/"killed"/"run"
+    steps = forked(lambda: train(tmp_path/"straight"/"run", **how), tmp_path/"straight")
+    folder.parent.mkdir()
+    draw, died = random.Random(seed), []
+    for _ in range(8):
+        pause = draw.choice([0, draw.uniform(0, 0.02)])
+        died.append(forked(lambda: train(folder, **how), folder.parent, draw.randrange(1, steps//4), pause) < 0)
+    train(folder, **how)
+    assert sum(died) >= 3 and left(tmp_path/"straight"/"run") == left(folder)
+    assert not litter(folder)
 
 
 def shouting(where, number, times=1):

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,28 +82,39 @@ def disk_full(limit: int) -> Iterator[None]:
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def kill_at_random(command: Sequence[str], delays: Sequence[float], **options) -> list[int]:
-    "Run `command` once for each delay [s] and kill it -9 then; returns the exit codes, -9 where it was still running"
-    codes = []
-    for delay in delays:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options) as child:
-            try: child.wait(delay)
-            except subprocess.TimeoutExpired: child.kill()
-        codes.append(child.returncode)
-    return codes
-
-
 class StepKiller:
-    "Counts the steps of this process on names below `folder` and ends it with SIGKILL before step `at` (from 1)"
+    "Counts the steps of this process on names below `folder`; ends it before step `at` (from 1), or `pause` s later"
 
-    def __init__(self, folder: str, at: int | None = None):
-        self.count, self.at, self.folder = 0, at, folder
+    def __init__(self, folder: str, at: int | None = None, pause: float = 0):
+        self.count, self.at, self.pause, self.folder = 0, at, pause, folder
         sys.addaudithook(self)
 
     def __call__(self, event: str, args: tuple) -> None:
         if event not in STEPS or not any(isinstance(a, str) and a.startswith(self.folder) for a in args): return
         self.count += 1
-        if self.count == self.at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.count != self.at: return
+        if not self.pause: os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL) # the kernel ends the process, no handler runs
+        signal.setitimer(signal.ITIMER_REAL, self.pause)
+
+
+def forked(job: Callable[[], Any], folder: str | os.PathLike, at: int | None = None, pause: float = 0) -> int:
+    "Run `job()` in a fork that dies at step `at` on names below `folder` (see StepKiller): steps, or minus the signal"
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            killer = StepKiller(os.fspath(folder), at, pause)
+            job()
+            os.write(write, str(killer.count).encode())
+        except BaseException: traceback.print_exc()
+        finally: os._exit(0)
+    os.close(write)
+    with open(read) as pipe: steps = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status): return -os.WTERMSIG(status)
+    assert steps, "the job raised in the fork; see its traceback above"
+    return int(steps)
 
 
 # ---------------------------------------------------------------- children
