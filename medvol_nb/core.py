@@ -360,8 +360,8 @@ def lock(
     _sweep_now_and_then(file.parent)
     for _ in range(20):
         temp = _temp_for(file)
-        temp.write_text(mine)
         try:
+            temp.write_text(mine)
             os.link(temp, file)
             break
         except FileExistsError:

@@ -16,15 +16,16 @@ import numpy as np
 
 from . import phantoms, plot
 from .analyze import analyze
-from .core import (DataError, FormatError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
+from .core import (DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
-from .datalists import DataList, item_path, read_datalist, write_datalist
+from .datalists import read_datalist, write_datalist
+from .demo_steps import sound_cases, supervoxel_step, unet_step
 from .labels import LabelSpace, build_label_space
 from .parallel import pmap
 from .recipes import detect_recipe, load_recipe, make_datalists, scan
 from .report import Job, Shown, Step, run_job
 from .verify import verify
-from .volume import Volume, read_volume, reorient, resample, same_grid, write_volume
+from .volume import Volume, read_volume, reorient, resample, write_volume
 
 # %% ../nbs/87_demo.ipynb #TISSUES
 TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
@@ -136,20 +137,16 @@ def _statistics(folder: Path, job: Job, root: Path, workers: int) -> Shown:
              "smallest [mL]": float(r["ml_min"]), "largest [mL]": float(r["ml_max"])}
             for r in read_csv(folder/"analysis"/"classes.csv")]
     pictures = {"Mean volume of each class over the cases that have it": "analysis/volumes.png"} if rows else {}
-    if _picture(folder/"case.png", read_datalist(listed), root):
+    if _picture(folder/"case.png", listed, root):
         pictures = {"The first case with its labels": "case.png", **pictures}
     return Shown(f"{len(rows)} classes in {found['cases']} cases; the rarest is {found['rarest'] or 'none'}.",
                  {"classes": len(rows), "labelled [mL]": found["labelled_ml"]}, rows, pictures)
 
-def _picture(path: Path, dl: DataList, root: Path) -> bool:
+def _picture(path: Path, datalist: Path, root: Path) -> bool:
     "Three planes of the first case whose label can be shown on its image"
-    for item in sorted((i for i in dl.training if isinstance(i["image"], str)), key=lambda i: i["image"]):
-        try: img, lbl = (reorient(read_volume(item_path(root, item[k])), "RAS") for k in ("image", "label"))
-        except (DataError, FormatError, MissingFile): continue
-        if img.channels is None and same_grid(img, lbl, 0.1*min(img.spacing)):
-            fig = plot.planes(img.data, lbl.data.astype(np.int64), img.spacing, title=item["image"])
-            plot.save_figure(fig, path)
-            return True
+    for name, img, lbl in sound_cases(datalist, root, 1):
+        plot.save_figure(plot.planes(img.data, lbl.data, img.spacing, title=name), path)
+        return True
     return False
 
 # %% ../nbs/87_demo.ipynb #_listing
@@ -170,10 +167,12 @@ def demo_job(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes
     limit: int | None = None, # use only so many cases
+    train_steps: int = 120, # length of each training
 ) -> Job: # its steps, not run yet
     "The steps of the demo"
-    if cases < 1 or seed < 0 or (limit is not None and limit < 1):
-        raise DataError(f"cases and limit must be >= 1, seed >= 0, got {cases}, {limit} and {seed}")
+    if min(cases, train_steps, 1 if limit is None else limit) < 1 or seed < 0:
+        raise DataError(f"cases, limit and train_steps must be >= 1, seed >= 0, got {cases}, {limit}, {train_steps} "
+                        f"and {seed}")
     steps, needs = [], ()
     source: Any = None
     name = "Brains" if data is None else Path(data).resolve().name
@@ -186,11 +185,16 @@ def demo_job(
     deal = lambda f, job: _write_datalist(f, root, name, seed, limit)
     check = lambda f, job: _verify(f, job, root, workers)
     count = lambda f, job: _statistics(f, job, root, workers)
+    listed = lambda job: job.folder("datalist")/"datalist.json"
+    cut = lambda f, job: supervoxel_step(f, listed(job), root)
+    learn = lambda f, job: unet_step(f, listed(job), root, train_steps, seed)
     steps += [
         Step("datalist", "Pairs and folds", deal, needs, [source, name, seed, limit]),
         Step("verify", "Verification", check, (*needs, "datalist")),
         Step("labels", "One label space", _labels, ("datalist",)),
         Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
+        Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
+        Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
     title = "medvol_nb on the MNI152 brain" if data is None else f"medvol_nb on {name}"
     return Job(out, steps, title)
@@ -203,11 +207,12 @@ def demo(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes; 0: this one, -1: one per processor
     limit: int | None = None, # use only so many cases
+    train_steps: int = 120, # length of each training
     on_exists: OnExists = "skip", # "skip": go on where an earlier run stopped, "overwrite": start anew, "error": refuse
     dry_run: bool = False, # only list the steps
 ) -> dict: # path of the report, steps that ran, and the main figures
     "Run the main job on a real brain, or on your own volumes, and write a report"
-    job = demo_job(out, data, cases=cases, seed=seed, workers=workers, limit=limit)
+    job = demo_job(out, data, cases=cases, seed=seed, workers=workers, limit=limit, train_steps=train_steps)
     if dry_run: return {"out": Path(out), "steps": [f"{s.name}: {s.title}" for s in job.steps]}
     result = run_job(job, on_exists=on_exists)
     figures = {k: v["figures"] for k, v in result["steps"].items()}

@@ -221,6 +221,11 @@ def _leaving(shape: tuple[int, ...], align: int, dtype: Any) -> int:
     rows = 2**26//(math.prod(shape[2:])*shape[0]*np.dtype(dtype).itemsize)
     return max(align, rows//align*align)
 
+def _tiles(plane: Box, tile: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
+    "Pieces of the plane, cut at the multiples of `tile` counted from voxel 0 of the volume"
+    return itertools.product(*([(max(a, lo), min(a + t, hi)) for a in range(lo//t*t, hi, t)]
+                               for (lo, hi), t in zip(plane, tile)))
+
 # %% ../nbs/06_grid.ipynb #Blend
 class Blend:
     "Weighted mean of overlapping predictions that come in grid order, in a buffer of a few rows"
@@ -234,16 +239,17 @@ class Blend:
         region: Box | None = None, # (d) pairs (lo, hi): the part of the volume that is wanted
         align: int = 1, # rows leave in multiples of this, counted from row 0 of the volume
         holes: bool = False, # True: some positions will not be added
+        empty: float = 0, # value of voxels that nothing reaches
         dtype: Any = np.float32, # of the sums
     ):
-        self.grid, self.box = grid, _box(grid, region)
+        self.grid, self.box, self.empty = grid, _box(grid, region), empty
         self.channels, self.align = _integers("blend: channels, align", (channels, align))
         bells = window(grid.patch_size, kind, sigma_scale)
         self.weight = functools.reduce(np.multiply.outer, [b.astype(dtype) for b in bells])
         totals = _weight_sums(grid, bells)
         self.totals = None if holes else [t[lo:hi].astype(dtype) for t, (lo, hi) in zip(totals, self.box)]
         self.sums = np.zeros((channels + holes, *_buffer_shape(grid, self.box, self.align)), dtype)
-        self.low = self.box[0][0]
+        self.low, self.used = self.box[0][0], np.zeros(self.sums.shape[1], bool)
 
     def add(
         self,
@@ -266,11 +272,13 @@ class Blend:
         for k in range(0, len(weight), step):
             target[:self.channels, k:k + step] += pred[:, k:k + step]*weight[k:k + step]
         if self.totals is None: target[-1] += weight
+        self.used[lows[0] - self.low:highs[0] - self.low] = True
 
     def flush(
         self,
         upto: int, # no later patch starts below this row
-    ) -> Iterator[tuple[int, np.ndarray]]: # (first row, (c, rows, ...) normalised)
+        tile: Sequence[int] | None = None, # (d - 1) size of the pieces that leave, see `sweep_rows`
+    ) -> Iterator[tuple[Any, np.ndarray]]: # (first row, or first voxel of a piece; (c, rows, ...) normalised)
         "Hand out the rows that are finished and make room"
         end, rows = self.box[0][1], self.sums.shape[1]
         while self.low < end:
@@ -279,24 +287,34 @@ class Blend:
             if high <= self.low: return
             first = self.low
             while first < high:
-                step = _leaving(self.sums.shape, self.align, self.sums.dtype)
+                step = self.align if tile else _leaving(self.sums.shape, self.align, self.sums.dtype)
                 last = min(high, (first + step)//self.align*self.align)
-                yield first, self._normalised(first, last)
+                if tile is None: yield first, self._normalised(first, last, self.box[1:])
+                else:
+                    for plane in _tiles(self.box[1:], tile):
+                        yield (first, *(lo for lo, _ in plane)), self._normalised(first, last, plane)
                 first = last
             n = high - self.low
-            for k in range(0, rows, n):
+            for k in range(0, rows, n) if self.used.any() else ():
                 kept = max(0, min(n, rows - n - k))
                 self.sums[:, k:k + kept] = self.sums[:, k + n:k + n + kept]
                 self.sums[:, k + kept:k + n] = 0
+            self.used = np.append(self.used[n:], np.zeros(min(n, rows), bool))
             self.low = high
 
-    def _normalised(self, first: int, last: int) -> np.ndarray:
-        sums = self.sums[:, first - self.low:last - self.low]
+    def _normalised(self, first: int, last: int, plane: Box) -> np.ndarray:
+        if self.totals is None and not self.used[first - self.low:last - self.low].any():
+            shape = self.channels, last - first, *(hi - lo for lo, hi in plane)
+            return np.broadcast_to(self.sums.dtype.type(self.empty), shape)
+        inside = [slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(((first, last), *plane), self.box)]
+        shift = self.low - self.box[0][0]
+        sums = self.sums[(slice(None), slice(inside[0].start - shift, inside[0].stop - shift), *inside[1:])]
         if self.totals is None:
-            return np.divide(sums[:-1], sums[-1:], out=np.zeros_like(sums[:-1]), where=sums[-1:] > 0)
-        d, top = self.grid.ndim, self.box[0][0]
-        block = sums/self.totals[0][first - top:last - top].reshape(-1, *(1,)*(d - 1))
-        for axis, total in enumerate(self.totals[1:], start=1): block /= total.reshape(-1, *(1,)*(d - 1 - axis))
+            return np.divide(sums[:-1], sums[-1:], out=np.full_like(sums[:-1], self.empty), where=sums[-1:] > 0)
+        totals = [t[part].reshape(-1, *(1,)*(self.grid.ndim - 1 - axis))
+                  for axis, (t, part) in enumerate(zip(self.totals, inside))]
+        block = sums/totals[0]
+        for total in totals[1:]: block /= total
         return block
 
 # %% ../nbs/06_grid.ipynb #sweep_bytes
@@ -309,12 +327,14 @@ def sweep_bytes(
     align: int = 1, # rows of an output chunk
     source: Any = None, # the input, if its rows are kept (see `slab` in `sweep_rows`)
     holes: bool = False, # True if positions are skipped
+    tile: Sequence[int] | None = None, # (d - 1) size of the pieces in which rows leave, see `sweep_rows`
 ) -> int: # [byte]
     "Largest memory that `sweep` holds beside its input patches and output: sums, rows leaving, weights, input rows"
     box = _box(grid, region)
     shape = channels + holes, *_buffer_shape(grid, box, align)
-    rows = shape[1] + min(shape[1], _leaving(shape, align, dtype))
-    blend = (shape[0]*rows*math.prod(shape[2:]) + math.prod(grid.patch_size))*np.dtype(dtype).itemsize
+    leaving = min(shape[1], align if tile else _leaving(shape, align, dtype))*math.prod(
+        shape[2:] if tile is None else (min(t, n) for t, n in zip(tile, shape[2:])))
+    blend = (shape[0]*(math.prod(shape[1:]) + leaving) + math.prod(grid.patch_size))*np.dtype(dtype).itemsize
     return blend + (0 if source is None else _slab_bytes(source, grid, box))
 
 # %% ../nbs/06_grid.ipynb #chunks_touched
@@ -380,6 +400,30 @@ class _Slab:
         shift = self.low, *(s.start for s in self.plane)
         return take_patch(self.rows, [a - b if b else a for a, b in zip(start, shift)], self.grid.patch_size, self.fill)
 
+# %% ../nbs/06_grid.ipynb #_groups
+def _groups(starts: Iterator, batch: int, take: Callable, drop: Callable | None, memo: Any) -> Iterator[tuple]:
+    "Positions with their known predictions or None, and the patches of the latter; at most `batch` of both kinds"
+    group, patches = [], []
+    for start in starts:
+        pred = None if memo is None else memo.get(start)
+        if pred is None:
+            patch = take(start)
+            if drop is not None and drop(patch): continue
+            patches.append(patch)
+        group.append((start, pred))
+        if batch in (len(patches), len(group) - len(patches)):
+            yield group, np.stack(patches) if patches else None
+            group, patches = [], []
+    if group: yield group, np.stack(patches) if patches else None
+
+def _predicted(predict: Callable, patches: np.ndarray, channels: int | None, grid: Grid) -> np.ndarray:
+    "Predictions of one batch, of the shape that was asked for"
+    preds = np.asarray(predict(patches))
+    wanted = len(patches), (preds.shape + (0, 0))[1] if channels is None else channels, *grid.patch_size
+    if preds.shape != wanted:
+        raise DataError(f"predict: must return shape {wanted} for {patches.shape}, got {preds.shape}")
+    return preds
+
 # %% ../nbs/06_grid.ipynb #sweep_rows
 def sweep_rows(
     predict: Callable, # (b, c, *patch_size) -> (b, c_out, *patch_size), NumPy arrays
@@ -393,36 +437,45 @@ def sweep_rows(
     dtype: Any = np.float32, # of the sums and of the rows handed out
     region: Box | None = None, # (d) pairs (lo, hi): the part of the volume that is wanted; None: all of it
     align: int = 1, # rows leave in multiples of this, counted from row 0 of the volume
-    skip: Callable | None = None, # start -> True to leave a position out; voxels that nothing reaches become 0
+    skip: Callable | None = None, # start -> True to leave a position out
+    drop: Callable | None = None, # ((c,) *patch_size) -> True to leave a patch out that was read
+    empty: float = 0, # value of voxels that nothing reaches, if positions may be left out
+    memo: Any = None, # predictions by start: `get(start)` gives one or None, new ones are set like items of a dict
+    tile: Sequence[int] | None = None, # (d - 1) cut rows into pieces at the multiples of this; None: whole rows
+    pipe: Callable = iter, # what the stream of (positions, stack of patches) goes through before the model
     fill: float | str = "reflect", # padding of a volume smaller than the patch: a number, "edge" or "reflect"
     slab: bool = True, # keep rows of a source that is not a NumPy array, so that each chunk row is decoded once
     desc: str = "sweep", # shown with the progress
-) -> Iterator[tuple[int, np.ndarray]]: # (first row, (c_out, rows, ...) part of the region)
+) -> Iterator[tuple[Any, np.ndarray]]: # (first row, or with `tile` first voxel; (c_out, rows, ...) part of the region)
     "Predict patch by patch and hand out blended rows as soon as they are finished"
     box, (batch,) = _box(grid, region), _integers("sweep: batch", (batch,))
     if _fits(source, grid, "source").ndim > grid.ndim + 1:
         raise DataError(f"source: at most one channel axis before {grid.shape}, got shape {tuple(source.shape)}")
+    if tile is not None: tile = _integers("sweep: tile", _per_axis(tile, grid.ndim - 1))
     reader = _Slab(source, grid, box, fill) if slab and not isinstance(source, np.ndarray) else None
-    setup = dict(kind=kind, sigma_scale=sigma_scale, region=box, align=align, holes=skip is not None, dtype=dtype)
+    def take(start):
+        patch = reader.take(start) if reader else take_patch(source, start, grid.patch_size, fill)
+        return patch if source.ndim > grid.ndim else patch[None]
+    setup = dict(kind=kind, sigma_scale=sigma_scale, region=box, align=align, dtype=dtype, empty=empty,
+                 holes=skip is not None or drop is not None)
     blend = None if channels is None else Blend(grid, channels, **setup)
     spans = _spans(grid, box)
     total = math.prod(len(s) for s in spans)
     starts = progress(itertools.product(*(s.tolist() for s in spans)), desc=desc, total=total, unit="patch")
     if skip is not None: starts = (s for s in starts if not skip(s))
-    while group := list(itertools.islice(starts, batch)):
-        patches = np.stack([reader.take(s) if reader else take_patch(source, s, grid.patch_size, fill) for s in group])
-        if source.ndim == grid.ndim: patches = patches[:, None]
-        preds = np.asarray(predict(patches))
-        wanted = (len(group), blend.channels if blend else (preds.shape + (0, 0))[1], *grid.patch_size)
-        if preds.shape != wanted:
-            raise DataError(f"predict: must return shape {wanted} for {patches.shape}, got {preds.shape}")
-        if blend is None: blend = Blend(grid, preds.shape[1], **setup)
-        for start, pred in zip(group, preds):
-            yield from blend.flush(start[0])
+    for group, patches in pipe(_groups(starts, batch, take, drop, memo)):
+        fresh = iter(() if patches is None else _predicted(predict, patches, blend and blend.channels, grid))
+        for start, pred in group:
+            if pred is None:
+                pred = next(fresh)
+                if memo is not None: memo[start] = pred
+            if blend is None: blend = Blend(grid, len(pred), **setup)
+            yield from blend.flush(start[0], tile)
             blend.add(start, pred)
+        del group, patches, fresh, pred
     if blend is None:
         raise DataError(f"sweep: all {total} positions were skipped, so the channels are unknown. Pass channels=")
-    yield from blend.flush(box[0][1])
+    yield from blend.flush(box[0][1], tile)
 
 # %% ../nbs/06_grid.ipynb #sweep
 def sweep(
@@ -434,9 +487,10 @@ def sweep(
     finish: Callable | None = None, # (c_out, rows, ...) -> (..., rows, ...), applied to finished rows
     region: Box | None = None, # (d) pairs (lo, hi): the part of the volume that is wanted; None: all of it
     align: int | None = None, # rows leave in multiples of this; None: the rows of a chunk of `out`
-    **options: Any, # channels, kind, sigma_scale, batch, dtype, skip, fill, slab, desc: see `sweep_rows`
+    **options: Any, # all others of `sweep_rows` except `tile`
 ) -> Any: # `out`
     "Apply `predict` to overlapping patches of a volume of any size and blend the results"
+    if "tile" in options: raise ConfigError("sweep: tile is an option of sweep_rows, whole rows are written here")
     box = _box(grid, region)
     corner = tuple(lo for lo, _ in box) if out is not None else None
     if out is not None: _fits(out, grid, "out")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBRYO_PHASES', 'ellipsoid', 'ball', 'smooth_noise', 'Phantom', 'head', 'abdomen', 'random_body', 'vessels', 'Sheets',
-           'sheets', 'embryo_frame', 'smooth_field', 'warp']
+           'sheets', 'embryo_frame', 'organs', 'organ_features', 'smooth_field', 'warp']
 
 # %% ../nbs/03_phantoms.ipynb #imports
 from collections.abc import Sequence
@@ -345,6 +345,74 @@ def embryo_frame(
     if focal: img = gaussian_filter(img, 0.2*abs(focal)*size/128, mode="nearest")
     camera = rng_for(seed, "phantom", "camera", int(phase_index), float(focal), int(frame))
     return np.clip(np.rint(255*img + 3*camera.standard_normal(img.shape)), 0, 255).astype(np.uint8)
+
+# %% ../nbs/03_phantoms.ipynb #organs
+def organs(
+    shape: Sequence[int] = (48, 48, 48), # size of the grid (x, y, z) [voxel]
+    seed: int = 0, # which body
+    *,
+    noise: float = 25.0, # standard deviation of the white noise [HU]
+) -> Phantom: # img float32 [HU]; labels 0 outside, 1 body, 2...14 organs
+    "Body of thirteen bent ellipsoids in a cube of 200 mm, for measuring how regions follow borders"
+    from scipy.ndimage import gaussian_filter
+    shape = _numbers(shape, 3, "organs: shape", int)
+    rng = rng_for(seed, "phantom", "organs")
+    axes = [((2*np.arange(n) + 1)/n - 1).astype(np.float32) for n in shape]
+    grid = [g + np.float32(0.24)*np.tanh(0.6*smooth_noise(axes, 0.5, rng)) for g in _open(axes)]
+    body = _radius(grid, (0, 0, 0), (0.92, 0.8, 0.98)) < 1
+    lbl, img = body.astype(np.uint8), np.where(body, np.float32(40), np.float32(-1000))
+    for k in range(2, 15):
+        centre, radii, value = rng.uniform(-0.55, 0.55, 3), rng.uniform(0.12, 0.38, 3), rng.uniform(-600, 800)
+        inside = body & (_radius(grid, centre, radii) < 1)
+        lbl[inside], img[inside] = k, value
+    texture = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.5)
+    img = gaussian_filter(img, 0.7) + 20*texture/max(texture.std(), 1e-6)
+    img += noise*rng.standard_normal(shape, dtype=np.float32)
+    names = {1: "body"} | {k: f"organ {k - 1}" for k in range(2, 15)}
+    return Phantom(img, lbl, tuple(200/n for n in shape), names)
+
+def _halved(a: np.ndarray) -> np.ndarray:
+    "Means of pairs along the last three axes; the last voxel counts twice where it has no partner"
+    for axis in (-3, -2, -1):
+        at = np.arange(0, a.shape[axis], 2)
+        a = (a.take(at, axis) + a.take(np.minimum(at + 1, a.shape[axis] - 1), axis))/2
+    return a
+
+def _doubled(a: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    "Linear interpolation back to `shape`"
+    for axis, n in zip((-3, -2, -1), shape):
+        at = np.arange(n)
+        near, far = at//2, np.clip(at//2 + 2*(at % 2) - 1, 0, a.shape[axis] - 1)
+        a = np.float32(0.75)*a.take(near, axis) + np.float32(0.25)*a.take(far, axis)
+    return a
+
+def organ_features(
+    img: np.ndarray, # (x, y, z) image, such as that of `organs`
+    seed: int = 0, # of the random network and the noise
+    *,
+    half: bool = False, # as they come, at half resolution, instead of interpolated
+) -> np.ndarray: # (32, x, y, z) float32
+    "Stand-in for the features of an image encoder: 32 mixed, noisy channels of half resolution"
+    from scipy.ndimage import gaussian_filter, gaussian_gradient_magnitude
+    img = np.asarray(img, np.float32)
+    if img.ndim != 3: raise DataError(f"organ_features: img must be (x, y, z), got shape {img.shape}")
+    rng = rng_for(seed, "phantom", "organ features")
+    local = [gaussian_filter(img, s) for s in (1, 2, 4, 8)] + [gaussian_gradient_magnitude(img, s) for s in (1, 2, 4)]
+    local += [gaussian_filter(img, s, order=np.eye(3, dtype=int)[d]) for s in (1.5, 3) for d in range(3)]
+    local.append(smooth_noise([((2*np.arange(n) + 1)/n - 1).astype(np.float32) for n in img.shape], 0.5, rng))
+    x = np.stack([_halved(v) for v in local]).astype(np.float32)
+    x -= x.mean((1, 2, 3), keepdims=True)
+    x /= x.std((1, 2, 3), keepdims=True) + np.float32(1e-6)
+    def layer(x: np.ndarray, n: int) -> np.ndarray:
+        weight = rng.standard_normal((n, len(x)), dtype=np.float32)/np.sqrt(np.float32(len(x)))
+        return np.tensordot(weight, x, 1)
+    y = layer(np.maximum(layer(x, 64), 0), 32)
+    y /= 1 + np.exp(-1.702*y)
+    out = np.zeros_like(y)
+    for axis in (1, 2, 3):
+        sigma = [0 if d in (0, axis) else 1.6 for d in range(4)]
+        out += gaussian_filter(y + np.float32(0.15)*rng.standard_normal(y.shape, dtype=np.float32), sigma)
+    return out if half else _doubled(out, img.shape)
 
 # %% ../nbs/03_phantoms.ipynb #smooth_field
 def smooth_field(

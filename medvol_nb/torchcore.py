@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batches', 'FitConfig', 'lr_at', 'Ema', 'CsvLog', 'NonFiniteLoss', 'FitState', 'FitResult', 'to_device',
            'make_optimizer', 'fit', 'Precision', 'WeightReport', 'autocast_for', 'checkpoint_path', 'device_for',
-           'latest_checkpoint', 'load_checkpoint', 'load_foreign', 'load_weights', 'prune_checkpoints',
+           'latest_checkpoint', 'load_checkpoint', 'load_foreign', 'load_weights', 'precision_for', 'prune_checkpoints',
            'save_checkpoint', 'seeded', 'torch_rng_for']
 
 # %% ../nbs/08a_torchcore.ipynb #_all_
@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -29,16 +30,16 @@ from pydantic import Field
 from torch import nn
 
 from .checkpoints import (Precision, WeightReport, autocast_for, checkpoint_path, device_for, # noqa: F401
-                                   latest_checkpoint, load_checkpoint, load_foreign, load_weights, prune_checkpoints,
-                                   save_checkpoint, seeded, torch_rng_for)
-from .config import Config
+                                   latest_checkpoint, load_checkpoint, load_foreign, load_weights, precision_for,
+                                   prune_checkpoints, save_checkpoint, seeded, torch_rng_for)
+from .config import Config, ConfigPath
 from .core import (ConfigError, DataError, Journal, OnExists, OutputExists, atomic, check_output, fingerprint,
-                            human_time, is_quiet, lock, log, progress, read_csv, remove_tree, rng_for, sweep_temporary,
-                            write_json)
+                            human_time, is_quiet, lock, log, plain, progress, read_csv, remove_tree, rng_for,
+                            sweep_temporary, write_json)
 
 _all_ = ["Precision", "WeightReport", "autocast_for", "checkpoint_path", "device_for", "latest_checkpoint",
-         "load_checkpoint", "load_foreign", "load_weights", "prune_checkpoints", "save_checkpoint", "seeded",
-         "torch_rng_for"]
+         "load_checkpoint", "load_foreign", "load_weights", "precision_for", "prune_checkpoints", "save_checkpoint",
+         "seeded", "torch_rng_for"]
 
 # %% ../nbs/08a_torchcore.ipynb #_Keyed
 class _Keyed(torch.utils.data.Dataset):
@@ -63,21 +64,27 @@ class Batches:
         workers: int = 0, # loading processes; 0: in this process
         weights: Sequence[float] | None = None, # draw items with these odds, with replacement; None: a permutation
         collate: Callable | None = None, # list of items -> batch; default: torch's
+        per_epoch: int | None = None, # steps in an epoch, whatever the size of the dataset; None: its full batches
+        start_method: Literal["fork", "forkserver", "spawn"] | None = None, # of the workers; None: the system's
     ):
         if len(dataset) < 1: raise DataError("batches: the dataset is empty")
         if batch_size < 1: raise ConfigError(f"batch_size: must be >= 1, got {batch_size}")
         if weights is not None and (len(weights) != len(dataset) or min(weights) < 0 or not sum(weights) > 0):
             raise DataError(f"weights: need one number >= 0 for each of {len(dataset)} items, not all zero")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.shuffle, self.workers, self.collate = shuffle, workers, collate
+        if per_epoch is not None and per_epoch < 1: raise ConfigError(f"per_epoch: must be >= 1, got {per_epoch}")
+        self.shuffle, self.workers, self.collate, self.per_epoch = shuffle, workers, collate, per_epoch
+        self.start_method = start_method
+        if workers and start_method == "forkserver": # workers are forks of a process that has imported it all
+            multiprocessing.set_forkserver_preload(["torch", type(dataset).__module__])
         self.odds = None if weights is None else np.asarray(weights, np.float64)/np.sum(weights)
 
     def steps(
         self,
         world: int = 1, # processes that share the work
-    ) -> int: # full global batches an epoch, at least one
+    ) -> int: # `per_epoch`, or the full global batches, at least one
         "Steps in an epoch; what does not fill a batch is left for another epoch's permutation"
-        return max(1, len(self.dataset)//(self.batch_size*world))
+        return self.per_epoch or max(1, len(self.dataset)//(self.batch_size*world))
 
     def order(
         self,
@@ -103,7 +110,7 @@ class Batches:
         "Batches of one process from step `start` to the end of the epoch"
         mine = self.order(epoch, world)[start:, rank*self.batch_size:(rank + 1)*self.batch_size]
         keys = [[(epoch, int(i)) for i in row] for row in mine]
-        extra = {"prefetch_factor": 2} if self.workers else {}
+        extra = {"prefetch_factor": 2, "multiprocessing_context": self.start_method} if self.workers else {}
         loader = torch.utils.data.DataLoader(
             _Keyed(self.dataset, self.seed), batch_sampler=keys, collate_fn=self.collate, num_workers=self.workers,
             generator=torch.Generator(), **extra)
@@ -134,7 +141,7 @@ class FitConfig(Config):
     mode: Literal["min", "max"] = "min" # direction in which `monitor` is better
     patience: int | None = Field(None, ge=1) # stop after so many validations without a better `monitor`
     max_skips: int = Field(3, ge=0) # steps with a non-finite loss that are left out before the run stops
-    tensorboard: bool = True # also write TensorBoard events, if it is installed
+    tensorboard: bool | ConfigPath = True # also write TensorBoard events, if it is installed; or the folder for them
 
 # %% ../nbs/08a_torchcore.ipynb #lr_at
 def lr_at(
@@ -304,10 +311,10 @@ def _accelerator(cfg: FitConfig) -> Any:
 
 class _Run:
     "Everything that one training run holds on to"
-    def __init__(self, model, batches, loss, cfg, out_dir, validate, callbacks, optimizer, identity):
+    def __init__(self, model, batches, loss, cfg, out_dir, validate, callbacks, optimizer, identity, config):
         self.batches, self.loss, self.cfg, self.validate, self.callbacks = batches, loss, cfg, validate, callbacks
         self.acc = _accelerator(cfg)
-        self.bare, self.identity = model, identity
+        self.bare, self.identity, self.config = model, identity, config
         model.to(self.acc.device)
         self.raw_optimizer = make_optimizer(model, cfg) if optimizer is None else optimizer(model)
         self.base_lrs = [g["lr"]/cfg.lr for g in self.raw_optimizer.param_groups]
@@ -323,7 +330,7 @@ class _Run:
     # ---- storage
     def snapshot(self) -> dict:
         s = self.state
-        return {"identity": self.identity, "per_epoch": self.per_epoch,
+        return {"identity": self.identity, "per_epoch": self.per_epoch, "config": self.config,
                 "step": s.step, "best": s.best, "stale": s.stale, "skips": s.skips,
                 "model": self.bare.state_dict(), "optimizer": self.raw_optimizer.state_dict(),
                 "ema": None if self.ema is None else {"shadow": self.ema.shadow, "updates": self.ema.updates},
@@ -430,17 +437,18 @@ class _Run:
                     if better:
                         s.best = value
                         if self.acc.is_main_process:
-                            best = {"step": s.step, "model": self.bare.state_dict(), "metrics": found}
+                            best = {"step": s.step, "model": self.bare.state_dict(), "metrics": found,
+                                    "config": self.config}
                             save_checkpoint(s.out_dir/"best.safetensors", best)
         finally: self.bare.train(training)
         return found
 
 # %% ../nbs/08a_torchcore.ipynb #_tensorboard
-def _tensorboard(folder: Path, wanted: bool) -> Any:
-    if not wanted or is_quiet(): return None
+def _tensorboard(folder: Path, wanted: bool | Path) -> Any:
+    if wanted is False or is_quiet(): return None
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: return None
-    return SummaryWriter(str(folder/"tensorboard"))
+    return SummaryWriter(str(folder/"tensorboard" if wanted is True else wanted))
 
 @contextmanager
 def _stop_politely() -> Iterator[list[int]]:
@@ -546,7 +554,7 @@ def fit(
             (out_dir/"checkpoints").mkdir(parents=True, exist_ok=True)
             for folder in (out_dir, out_dir/"checkpoints"): sweep_temporary(folder)
             if on_exists == "overwrite": _clear(out_dir)
-        run = _Run(model, batches, loss, cfg, out_dir, validate, callbacks, optimizer, identity)
+        run = _Run(model, batches, loss, cfg, out_dir, validate, callbacks, optimizer, identity, plain(config))
         run.acc.wait_for_everyone()
         run.restore()
         s, table, board = run.state, None, None

@@ -17,6 +17,7 @@
 #| export
 import contextlib
 import faulthandler
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,7 +32,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvol_nb.core import (ConfigError, DataError, FormatError, Journal, MedvolError, MissingFile, OnExists, atomic,
-                            check_output, file_digest, fingerprint, lock, log, parse_json, plain, progress, to_json)
+                            check_output, file_digest, fingerprint, lock, log, optional, parse_json, plain, progress,
+                            to_json)
 
 # %%
 import signal
@@ -486,5 +488,27 @@ assert first == ["a", "b"] and calls[:5] == list("abcde") and again == ["b"] and
 
 # %% [markdown]
 # ## The same job on a cluster
-# Nothing changes in the call. Inside `joblib.parallel_config(backend="dask")` the items go to the workers of the Dask
-# client of this process. A lost worker's items are computed again by the others.
+# Nothing changes in the call. Inside `on_cluster` (or `joblib.parallel_config(backend="dask")` with an own client) the
+# items go to the workers of a Dask cluster. A lost worker's items are computed again by the others. This is what every
+# command's `--dask ADDRESS` does.
+
+# %%
+#| export
+@contextlib.contextmanager
+def on_cluster(
+    dask: str | None, # address of a Dask scheduler such as 'tcp://10.0.0.1:8786'; None: stay on this machine
+) -> Iterator[None]: # the block whose `pmap` calls move
+    "Run the `pmap` calls of a block on a Dask cluster"
+    if dask is None:
+        yield
+        return
+    distributed, joblib = optional("distributed", "dask"), importlib.import_module("joblib")
+    try: client = distributed.Client(dask, timeout=20)
+    except (OSError, ValueError) as e:
+        raise MissingFile(f"dask: no scheduler answers at {dask} ({type(e).__name__}: {e}). Start one with "
+                          "`dask scheduler`, and workers with `dask worker ADDRESS`") from e
+    with client, joblib.parallel_config(backend="dask"): yield
+
+# %%
+with on_cluster(None): here = pmap(len, ["a", "bc"])
+assert here == [1, 2]

@@ -601,6 +601,100 @@ assert (embryo_frame(5) == embryo_frame(5)).all()
 with raises(DataError, match="phase_index must be 0...15"): embryo_frame(16)
 
 # %% [markdown]
+# ## Organs for clustering
+# How well supervoxels follow organs can only be told where the organs are known, and only if the features are as
+# awkward as those of a network: many mixed channels, coarse, a bit noisy. `organs` paints thirteen random ellipsoids
+# into a body, bends the whole with a smooth displacement, and adds blur, texture and noise. Coordinates run from −1 to
+# 1 along every axis, so other shapes show the same organs at other voxel sizes.
+#
+# `organ_features` stands in for an image encoder: a 14-channel local descriptor at half resolution (smoothed
+# intensity, gradients, one nuisance field) goes through a random two-layer network to 32 channels; three noisy "views",
+# each blurred within its own plane, are summed, and the sum is interpolated to full resolution.
+
+# %%
+#| export
+def organs(
+    shape: Sequence[int] = (48, 48, 48), # size of the grid (x, y, z) [voxel]
+    seed: int = 0, # which body
+    *,
+    noise: float = 25.0, # standard deviation of the white noise [HU]
+) -> Phantom: # img float32 [HU]; labels 0 outside, 1 body, 2...14 organs
+    "Body of thirteen bent ellipsoids in a cube of 200 mm, for measuring how regions follow borders"
+    from scipy.ndimage import gaussian_filter
+    shape = _numbers(shape, 3, "organs: shape", int)
+    rng = rng_for(seed, "phantom", "organs")
+    axes = [((2*np.arange(n) + 1)/n - 1).astype(np.float32) for n in shape]
+    grid = [g + np.float32(0.24)*np.tanh(0.6*smooth_noise(axes, 0.5, rng)) for g in _open(axes)]
+    body = _radius(grid, (0, 0, 0), (0.92, 0.8, 0.98)) < 1
+    lbl, img = body.astype(np.uint8), np.where(body, np.float32(40), np.float32(-1000))
+    for k in range(2, 15):
+        centre, radii, value = rng.uniform(-0.55, 0.55, 3), rng.uniform(0.12, 0.38, 3), rng.uniform(-600, 800)
+        inside = body & (_radius(grid, centre, radii) < 1)
+        lbl[inside], img[inside] = k, value
+    texture = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.5)
+    img = gaussian_filter(img, 0.7) + 20*texture/max(texture.std(), 1e-6)
+    img += noise*rng.standard_normal(shape, dtype=np.float32)
+    names = {1: "body"} | {k: f"organ {k - 1}" for k in range(2, 15)}
+    return Phantom(img, lbl, tuple(200/n for n in shape), names)
+
+def _halved(a: np.ndarray) -> np.ndarray:
+    "Means of pairs along the last three axes; the last voxel counts twice where it has no partner"
+    for axis in (-3, -2, -1):
+        at = np.arange(0, a.shape[axis], 2)
+        a = (a.take(at, axis) + a.take(np.minimum(at + 1, a.shape[axis] - 1), axis))/2
+    return a
+
+def _doubled(a: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    "Linear interpolation back to `shape`"
+    for axis, n in zip((-3, -2, -1), shape):
+        at = np.arange(n)
+        near, far = at//2, np.clip(at//2 + 2*(at % 2) - 1, 0, a.shape[axis] - 1)
+        a = np.float32(0.75)*a.take(near, axis) + np.float32(0.25)*a.take(far, axis)
+    return a
+
+def organ_features(
+    img: np.ndarray, # (x, y, z) image, such as that of `organs`
+    seed: int = 0, # of the random network and the noise
+    *,
+    half: bool = False, # as they come, at half resolution, instead of interpolated
+) -> np.ndarray: # (32, x, y, z) float32
+    "Stand-in for the features of an image encoder: 32 mixed, noisy channels of half resolution"
+    from scipy.ndimage import gaussian_filter, gaussian_gradient_magnitude
+    img = np.asarray(img, np.float32)
+    if img.ndim != 3: raise DataError(f"organ_features: img must be (x, y, z), got shape {img.shape}")
+    rng = rng_for(seed, "phantom", "organ features")
+    local = [gaussian_filter(img, s) for s in (1, 2, 4, 8)] + [gaussian_gradient_magnitude(img, s) for s in (1, 2, 4)]
+    local += [gaussian_filter(img, s, order=np.eye(3, dtype=int)[d]) for s in (1.5, 3) for d in range(3)]
+    local.append(smooth_noise([((2*np.arange(n) + 1)/n - 1).astype(np.float32) for n in img.shape], 0.5, rng))
+    x = np.stack([_halved(v) for v in local]).astype(np.float32)
+    x -= x.mean((1, 2, 3), keepdims=True)
+    x /= x.std((1, 2, 3), keepdims=True) + np.float32(1e-6)
+    def layer(x: np.ndarray, n: int) -> np.ndarray:
+        weight = rng.standard_normal((n, len(x)), dtype=np.float32)/np.sqrt(np.float32(len(x)))
+        return np.tensordot(weight, x, 1)
+    y = layer(np.maximum(layer(x, 64), 0), 32)
+    y /= 1 + np.exp(-1.702*y)
+    out = np.zeros_like(y)
+    for axis in (1, 2, 3):
+        sigma = [0 if d in (0, axis) else 1.6 for d in range(4)]
+        out += gaussian_filter(y + np.float32(0.15)*rng.standard_normal(y.shape, dtype=np.float32), sigma)
+    return out if half else _doubled(out, img.shape)
+
+# %%
+body = organs()
+descriptor = organ_features(body.img)
+strip(("image", cut(body.img, 2)), ("labels", cut(body.lbl, 2)), ("feature 1", cut(descriptor[0], 2)),
+      ("feature 7", cut(descriptor[6], 2)), ("the same body, 16 slices", cut(organs((48, 48, 16)).lbl, 2)))
+
+# %%
+assert set(np.unique(body.lbl)) <= set(range(15)) and body.img[body.lbl == 0].mean() < -900
+assert np.abs(millilitres(organs((48, 48, 24)))[0]/millilitres(body)[0] - 1) < 0.05
+assert descriptor.shape == (32, 48, 48, 48) and organ_features(body.img, half=True).shape == (32, 24, 24, 24)
+
+# %%
+with raises(DataError, match="img must be"): organ_features(descriptor)
+
+# %% [markdown]
 # ## Known displacements
 # A registration can be checked if the true displacement is known. `smooth_field` makes one: three components of
 # smooth noise, scaled such that the longest vector has the stated length. `warp` pulls back: the new value at voxel
@@ -675,6 +769,7 @@ with raises(DataError, match=r"must have shape \(3, 48, 56, 48\)"): warp(brain.i
 
 # %%
 makers = {"head": head, "abdomen": abdomen, "random_body": random_body, "vessels": vessels, "sheets": sheets,
+          "organs": organs, "organ_features": lambda: organ_features(body.img),
           "smooth_field": lambda: smooth_field((48, 48, 48)), "embryo_frame": lambda: embryo_frame(5)}
 
 def seconds(make):

@@ -63,6 +63,15 @@ def device_for(
         raise ConfigError("device: this machine has no MPS device")
     return device
 
+def precision_for(
+    name: str, # 'auto', 'fp32', 'bf16' or 'fp16'
+    device: torch.device, # where the model runs
+) -> Precision: # 'auto' is bf16 on GPUs that have it, fp16 on others, fp32 elsewhere
+    "Arithmetic that suits a device"
+    if name != "auto": return name
+    if device.type != "cuda": return "fp32"
+    with torch.cuda.device(device): return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
 def autocast_for(
     device: torch.device, # where the model runs
     precision: Precision = "fp32", # arithmetic of matrix products
@@ -76,7 +85,8 @@ def autocast_for(
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 # %%
-device_for("auto"), autocast_for(torch.device("cpu"), "bf16").fast_dtype
+cpu = torch.device("cpu")
+device_for("auto"), precision_for("auto", cpu), autocast_for(cpu, "bf16").fast_dtype
 
 # %%
 with raises(ConfigError, match="is not a device"): device_for("gpu")

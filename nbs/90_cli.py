@@ -50,9 +50,19 @@ COMMANDS = {
     "datalists labels": "medvol_nb.labels:build_label_space",
     "datalists analyze": "medvol_nb.analyze:analyze",
     "datalists convert": "medvol_nb.convert:convert",
+    "supervoxels infer": "medvol_nb.sv_batch:infer",
+    "supervoxels batch-infer": "medvol_nb.sv_batch:batch_infer",
+    "supervoxels metrics": "medvol_nb.sv_batch:metrics",
+    "unet find-patches": "medvol_nb.zarrnet.patches:find_patches_command",
+    "unet preview": "medvol_nb.zarrnet.train:preview",
+    "unet summary": "medvol_nb.zarrnet.train:network_summary",
+    "unet train": "medvol_nb.zarrnet.train:train",
+    "unet predict": "medvol_nb.zarrnet.predict:predict",
 }
 GROUPS: dict[str, str] = {
     "datalists": "From folders of images and labels to verified lists, one label space, class statistics",
+    "supervoxels": "Pieces of scans that follow the borders of what is in them, for training and annotation",
+    "unet": "Multi-task U-Nets on chunked volumes that may be larger than memory",
 }
 
 # %% [markdown]
@@ -108,11 +118,13 @@ def _default(p: Param, module: str, where: str) -> Any:
 
 # %%
 #| export
+_NAMED = ("config", "image_file", "datalist", "basedir") # options on the command line, as in the systems followed here
+
 def _parameter(p: Param, doc: FunctionDoc) -> inspect.Parameter:
     "Typer parameter: arguments are those before * without default or named like files, the rest are options"
     where = f"{doc.module}:{doc.name}, parameter {p.name}"
     kind = _type(ast.parse(p.annotation or "str", mode="eval").body, doc.module, where)
-    given = p.kind == "positional"
+    given = p.kind == "positional" and p.name not in _NAMED
     if p.default is None:
         extra, default = (typer.Argument if given else typer.Option)(help=p.comment), inspect.Parameter.empty
     else:

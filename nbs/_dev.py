@@ -77,7 +77,10 @@ def build(force: bool = False) -> int:
         set_ids(nb)
         nb.nbformat, nb.nbformat_minor = 4, 5
         text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        if old is None or ipynb.read_text(encoding="utf-8") != text: ipynb.write_text(text, encoding="utf-8")
+        if old is None or ipynb.read_text(encoding="utf-8") != text: # at once: another build may be reading
+            new = ipynb.with_suffix(f".ipynb.{os.getpid()}")
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, ipynb)
         stat = py.stat()
         os.utime(ipynb, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     for orphan in NBS.glob("*.ipynb"):

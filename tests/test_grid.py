@@ -447,6 +447,74 @@ def test_chunk_reads_equal_counting(grid, a, b):
         break
 
 
+# ---- memo, pieces, pipe
+
+@given(grids(d=(1, 3)), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_known_predictions_change_no_bit(grid, align, batch, seed):
+    volume = rng_for(seed).random((1, *grid.shape), dtype=np.float32)
+    calls, memo = [], {}
+    def counted(x):
+        calls.extend(x)
+        return patch_dependent(x)
+    wanted = sweep(counted, volume, grid)
+    first = sweep(counted, volume, grid, memo=memo, batch=batch)
+    assert set(memo) == set(grid) and len(calls) == 2*len(grid)
+    for s in list(memo):
+        if rng_for(seed, *s).random() < 0.5: memo.pop(s)
+    known = len(memo)
+    again = sweep(counted, volume, grid, memo=memo, batch=batch)
+    assert np.array_equal(first, wanted) and np.array_equal(again, wanted) and len(calls) == 3*len(grid) - known
+
+
+@given(grids(d=(2, 3)), st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6), st.booleans())
+@settings(max_examples=40)
+def test_pieces_are_the_rows_cut_at_absolute_multiples(grid, align, tile, seed, holes):
+    volume, rng = rng_for(seed).random((1, *grid.shape), dtype=np.float32), rng_for(seed, "region")
+    region = [(int(a), int(rng.integers(a, n)) + 1) for n in grid.shape for a in [rng.integers(n)]]
+    skip = (lambda s: rng_for(seed, *s).random() < 0.6) if holes else None
+    keys = dict(region=region, channels=2, skip=skip, empty=np.nan)
+    wanted = sweep(patch_dependent, volume, grid, **keys)
+    out = np.full((2, *grid.shape), -1, np.float32)
+    for corner, block in sweep_rows(patch_dependent, volume, grid, align=align, tile=tile, **keys):
+        where = tuple(slice(a, a + n) for a, n in zip(corner, block.shape[1:]))
+        assert (out[(slice(None), *where)] == -1).all()
+        assert all(w.start//tile == (w.stop - 1)//tile for w in where[1:]) and block.shape[1] <= align
+        out[(slice(None), *where)] = block
+    inside = (slice(None), *(slice(lo, hi) for lo, hi in region))
+    np.testing.assert_array_equal(out[inside], wanted)
+    assert (out == -1).sum() == out.size - wanted.size
+
+
+def test_dropped_patches_carry_no_weight():
+    grid = Grid((30, 9), (6, 9), 0.5)
+    volume = np.zeros((1, 30, 9), np.float32)
+    volume[:, 12:14] = 1
+    out = sweep(lambda x: x*0 + 3, volume, grid, channels=1, drop=lambda p: not p.any(), empty=-1)
+    np.testing.assert_allclose(out[0, 9:18], 3, rtol=1e-6)
+    assert (out[0, :9] == -1).all() and (out[0, 18:] == -1).all()
+
+
+def test_rows_that_nothing_reached_are_one_number():
+    grid = Grid((400, 9), (6, 9), 0.5)
+    keys = dict(channels=2, skip=lambda s: s[0] != 30, empty=np.nan, align=10, tile=4)
+    blocks = dict(sweep_rows(lambda x: x.repeat(2, 1), np.ones((400, 9), np.float32), grid, **keys))
+    assert {at for at, b in blocks.items() if any(b.strides)} == {(30, x) for x in (0, 4, 8)}
+    assert all(np.isnan(b).all() for b in blocks.values() if not any(b.strides))
+    assert (blocks[30, 0][:, :6] == 1).all() and np.isnan(blocks[30, 0][:, 6:]).all()
+
+
+def test_pipe_sees_positions_and_patches_and_sweep_refuses_pieces():
+    grid, seen = Grid((10, 7), 4, 0), []
+    def pipe(groups):
+        for group, patches in groups:
+            seen.extend(s for s, _ in group)
+            yield group, patches + 1
+    out = sweep(identity, np.zeros((10, 7), np.float32), grid, pipe=pipe, batch=4)
+    assert seen == list(grid) and (out == 1).all()
+    with pytest.raises(ConfigError, match="tile"): sweep(identity, np.zeros((10, 7)), grid, tile=3)
+
+
 # ---- memory
 
 @pytest.mark.parametrize("align, region", [(1, None), (16, None), (1, ((0, 240), (30, 90), (0, 60)))])

@@ -28,7 +28,7 @@ from medvol_nb.core import (
     atomic,
     rng_for,
 )
-from medvol_nb.parallel import BatchError, Failure, Ledger, cpu_count, describe, pmap
+from medvol_nb.parallel import BatchError, Failure, Ledger, cpu_count, describe, on_cluster, pmap
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,16 +234,16 @@ DASK = """
 import json, os, sys
 import joblib
 from dask.distributed import Client, LocalCluster
-from medvol_nb.parallel import pmap
+from medvol_nb.parallel import on_cluster, pmap
 def work(k):
     if k == "die": os._exit(1)
     if k == "raise": raise ValueError("bad header")
     return k*2
 if __name__ == "__main__":
     cluster = LocalCluster(processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None)
-    with cluster, Client(cluster):
-        with joblib.parallel_config(backend="dask"):
-            first = pmap(work, range(6))
+    with cluster:
+        with on_cluster(cluster.scheduler_address): first = pmap(work, range(6))
+        with Client(cluster), joblib.parallel_config(backend="dask"):
             values, failures = pmap(work, ["a", "die", "b", "raise", "c"], workers=2, retries=0, errors="collect")
     print(json.dumps([first, values, [(f.index, f.kind) for f in failures]]))
 """
@@ -257,6 +257,11 @@ def test_on_a_dask_cluster(tmp_path):
     first, values, failures = json.loads(told.stdout.strip().splitlines()[-1])
     assert first == [0, 2, 4, 6, 8, 10] and values == ["aa", None, "bb", None, "cc"]
     assert failures == [[1, "killed"], [3, "error"]]
+
+
+def test_no_cluster_at_the_address():
+    pytest.importorskip("distributed")
+    with pytest.raises(MissingFile, match="no scheduler answers at nonsense"), on_cluster("nonsense://x"): pass
 
 
 def test_marks_of_a_run_are_removed(tmp_path, monkeypatch):
