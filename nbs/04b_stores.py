@@ -262,6 +262,28 @@ def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int], shards: Seque
     most = shape[-3:] if shards is None else shards
     return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, most))
 
+def packers_for(
+    compressor: Mapping[str, Any], # {"name": "zstd", "level": 3}; names: zstd, gzip, blosc, none; blosc takes more
+    version: int, # of the zarr format, 2 or 3
+) -> tuple: # codecs for `zarr.Group.create_array`
+    "Compression with a checksum behind it"
+    given = dict(compressor)
+    name, level = given.pop("name", "zstd"), given.pop("level", 1)
+    known = {3: ("zstd", "gzip", "blosc", "none"), 2: ("zstd", "gzip")}[version]
+    if name not in known:
+        raise ConfigError(f"compressor: {name!r} is not one of {', '.join(known)}, which zarr version {version} stores "
+                          "with checksums here")
+    try:
+        if version == 2:
+            import numcodecs
+            return (numcodecs.Zstd(level=level, checksum=True, **given) if name == "zstd" else
+                    numcodecs.GZip(level=level, **given),)
+        from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+        make = {"zstd": lambda: ZstdCodec(level=level, **given), "gzip": lambda: GzipCodec(level=level, **given),
+                "blosc": lambda: BloscCodec(clevel=level, **{"cname": "zstd", "shuffle": "shuffle", **given})}
+        return (*([make[name]()] if name in make else []), Crc32cCodec())
+    except (TypeError, ValueError) as e: raise ConfigError(f"compressor: {compressor} is not understood: {e}") from None
+
 def create_array(
     group: Any, # open zarr group
     name: str, # of the new array
@@ -271,17 +293,17 @@ def create_array(
     *,
     attributes: Mapping | None = None, # plain values
     shards: Sequence[int] | None = None, # version 3 only: several chunks in one file, each a multiple of `chunks`
-) -> Any: # zarr array
-    "New zarr array with zstd and checksums, in the version of its group"
-    if group.metadata.zarr_format == 3:
-        from zarr.codecs import Crc32cCodec, ZstdCodec
-        packers: Any = (ZstdCodec(level=3), Crc32cCodec())
-    else:
-        from numcodecs import Zstd
-        packers = (Zstd(level=3, checksum=True),)
-    extra = {"shards": tuple(shards)} if shards is not None else {}
+    compressor: Mapping[str, Any] | None = None, # see `packers_for`; None: zstd of level 3
+    nested: bool = False, # version 2: a folder for each index of a chunk, as version 3 always has it
+) -> Any: # zarr array; chunks that hold nothing but 0 are not stored
+    "New zarr array with compression and checksums, in the version of its group"
+    version = group.metadata.zarr_format
+    packers = packers_for(compressor or {"name": "zstd", "level": 3}, version)
+    extra: dict[str, Any] = {"shards": tuple(shards)} if shards is not None else {}
+    if nested and version == 2: extra["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
     return group.create_array(name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), compressors=packers,
-                              fill_value=0, attributes=dict(attributes or {}), **extra)
+                              fill_value=0, attributes=dict(attributes or {}), config={"write_empty_chunks": False},
+                              **extra)
 
 def _fill(array: Any, vol: Volume) -> None:
     "Copy a volume into an array, one row of chunks at a time"

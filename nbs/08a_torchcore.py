@@ -173,6 +173,7 @@ class FitConfig(Config):
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw" # update rule
     weight_decay: float = Field(1e-2, ge=0) # decay of weights, not of biases and norms
     momentum: float = Field(0.9, ge=0, lt=1) # of SGD (Nesterov), and the first beta of Adam
+    beta2: float = Field(0.999, ge=0, lt=1) # the second beta of Adam; smaller forgets large gradients sooner
     schedule: Literal["constant", "cosine", "poly"] = "cosine" # of the learning rate after warm-up
     warmup_steps: int = Field(0, ge=0) # linear rise at the start
     min_lr: float = Field(0.0, ge=0) # floor of the schedule
@@ -390,7 +391,7 @@ def make_optimizer(
     groups = [g for g in groups if g["params"]]
     if cfg.optimizer == "sgd": return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, cfg.lr, betas=(cfg.momentum, 0.999))
+    return kind(groups, cfg.lr, betas=(cfg.momentum, cfg.beta2))
 
 # %%
 #| export

@@ -672,6 +672,12 @@ def _meta(shape: Sequence) -> Any:
     return torch.empty(tuple(shape), device="meta") if all(isinstance(n, numbers.Integral) for n in shape) else \
         [_meta(s) for s in shape]
 
+def _weightless(module: nn.Module) -> dict[str, torch.Tensor]:
+    "Parameters and buffers without content, once for each module, however often that is registered"
+    return {f"{path}.{k}".lstrip("."): v.to("meta") for path, m in module.named_modules()
+            for k, v in itertools.chain(m.named_parameters(recurse=False, remove_duplicate=False),
+                                        m.named_buffers(recurse=False, remove_duplicate=False))}
+
 def conv_flops(
     module: nn.Module, # any network; left as it was
     *input_shapes: Sequence, # shape (b, c, *n) of each argument of `forward`, or a list of shapes where it takes a list
@@ -687,10 +693,10 @@ def conv_flops(
             counts.append(moved.numel()*reach*math.prod(layer.kernel_size))
     modes = {m: m.training for m in module.modules()}
     hooks = [m.register_forward_hook(count) for m in modes if isinstance(m, _LAYERS)]
-    state = {k: v.to("meta") for k, v in itertools.chain(module.named_parameters(), module.named_buffers())}
+    inputs = tuple(_meta(s) for s in input_shapes)
     try:
         module.eval()
-        with torch.no_grad(): torch.func.functional_call(module, state, tuple(_meta(s) for s in input_shapes))
+        with torch.no_grad(): torch.func.functional_call(module, _weightless(module), inputs, tie_weights=False)
     finally:
         for h in hooks: h.remove()
         for m, training in modes.items(): m.training = training

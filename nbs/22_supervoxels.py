@@ -36,6 +36,7 @@ from medvol_nb.intensity import Normalizer
 from medvol_nb import phantoms, plot
 from medvol_nb.core import raises
 from medvol_nb.geometry import affine_from
+from medvol_nb.samfeat import SamFeatureExtractor, plan_encoding
 from medvol_nb.sv_metrics import supervoxel_metrics
 
 # %% [markdown]
@@ -383,6 +384,18 @@ assert (supervoxels(moved, 150).labels.data == lbl).all()
 with raises(MissingFile, match="need an encoder"): supervoxels(scan, features="sam")
 with raises(DataError, match="one 3-D scan"):
     supervoxels(Volume(np.zeros((2, 4, 4, 4)), affine_from(1), "cxyz"))
+
+# %% [markdown]
+# What an encoder costs is known before it runs: the slices through the box around the body. An untrained one, which has
+# its uses in tests, and what the published ones would take for this scan:
+
+# %%
+untrained = SamFeatureExtractor(None, allow_random=True, device="cpu")
+plan = encoder_plan(scan, untrained)
+print(plan, *(plan_encoding(m, scan.shape, scan.spacing) for m in ("vit_b", "vit_l", "vit_h")), sep="\n")
+
+# %%
+assert 0 < plan.calls <= untrained.plan(scan.shape, scan.spacing).calls
 
 # %% [markdown]
 # ## As it was published

@@ -247,7 +247,7 @@ def fit_config(
     per_epoch = max(1, tr.max_steps_per_epoch//tr.gradient_accumulation)
     return FitConfig(
         epochs=tr.max_epoch, lr=tr.initial_lr, optimizer=tr.optimizer.lower(), weight_decay=tr.weight_decay,
-        schedule=tr.scheduler, warmup_steps=tr.warmup_steps, min_lr=tr.eta_min, device=tr.device,
+        beta2=tr.beta2, schedule=tr.scheduler, warmup_steps=tr.warmup_steps, min_lr=tr.eta_min, device=tr.device,
         precision=precision_for(tr.precision, device), accumulate=tr.gradient_accumulation, clip_norm=tr.grad_clip,
         ema_decay=tr.ema_decay, seed=tr.seed, checkpoint_every=per_epoch, keep=tr.keep_checkpoints,
         validate_every=per_epoch, patience=tr.early_stopping_patience or None,
@@ -279,6 +279,13 @@ def _assemble(cfg: ZarrConfig, workers: int) -> _Parts:
     val = VolumeDataset(cfg, patches, split.val, normalizer=normalizer) if len(split.val) else None
     channels = train.sources[0].image.channels or 1
     return _Parts(cfg, patches, split, train, val, build_model(cfg, in_channels=channels), MultiTaskLoss(cfg.targets))
+
+def _portable(value: Any, folder: Path) -> Any:
+    "Settings whose absolute paths are written relative to the folder they are stored in"
+    if isinstance(value, dict): return {k: _portable(v, folder) for k, v in value.items()}
+    if isinstance(value, list): return [_portable(v, folder) for v in value]
+    is_path = isinstance(value, str) and value.startswith(os.sep)
+    return os.path.relpath(value, folder) if is_path else value
 
 def _start_from(parts: _Parts, out: Path) -> str:
     "Weights to start with, as `checkpoint_path` says; returns their digest"
@@ -325,7 +332,7 @@ def train_network(
                 "augmentation": cfg.dataset_config.augmentation}
     if int(os.environ.get("RANK", 0)) == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out/"config.json", cfg.to_dict(), "overwrite")
+        write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
         write_split(out/"split.json", parts.split, parts.patches)
     if tr.compile: parts.model.compile()
     def loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from medvol_nb import plot
-from medvol_nb.core import DataError, FormatError, MissingFile, read_csv, write_json
+from medvol_nb.core import DataError, FormatError, MissingFile, read_csv, remove_tree, write_json
 from medvol_nb.datalists import item_path, read_datalist
 from medvol_nb.report import Shown
 from medvol_nb.volume import Volume, read_volume, reorient, resample, same_grid, to_axes, write_volume
@@ -156,6 +156,7 @@ def unet_step(
                                        "normals": {"channels": 3, "weight": 0.75}}}})
     run = train(folder/"task.json")
     predict(folder/"task.json")
+    remove_tree(folder/"out"/"predictions.zarr"/".progress") # its times are not part of the result
     stores = folder/"out"/"predictions.zarr"
     probabilities, vectors = (open_volume(stores/n)[...] for n in ("classes", "normals"))
     found = {"classes": probabilities/np.float32(255), "normals": decode_normals(vectors)}

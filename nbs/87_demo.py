@@ -15,6 +15,7 @@
 # %%
 #| export
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 
 from medvol_nb import phantoms, plot
 from medvol_nb.analyze import analyze
-from medvol_nb.core import (DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
+from medvol_nb.core import (ConfigError, DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
 from medvol_nb.datalists import read_datalist, write_datalist
 from medvol_nb.demo_steps import sound_cases, supervoxel_step, unet_step
@@ -210,6 +211,7 @@ def demo_job(
     workers: int = 0, # processes
     limit: int | None = None, # use only so many cases
     train_steps: int = 120, # length of each training
+    skip: Sequence[str] = (), # names of steps to leave out
 ) -> Job: # its steps, not run yet
     "The steps of the demo"
     if min(cases, train_steps, 1 if limit is None else limit) < 1 or seed < 0:
@@ -238,6 +240,11 @@ def demo_job(
         Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
+    if unknown := sorted(set(skip) - {s.name for s in steps}):
+        raise ConfigError(f"skip: there is no step {unknown[0]!r}, there are {', '.join(s.name for s in steps)}")
+    if wanted := [s for s in steps if s.name not in skip and set(s.needs) & set(skip)]:
+        raise ConfigError(f"skip: step {wanted[0].name!r} needs what is left out. Leave it out, too")
+    steps = [s for s in steps if s.name not in skip]
     title = "medvol_nb on the MNI152 brain" if data is None else f"medvol_nb on {name}"
     return Job(out, steps, title)
 
@@ -250,11 +257,13 @@ def demo(
     workers: int = 0, # processes; 0: this one, -1: one per processor
     limit: int | None = None, # use only so many cases
     train_steps: int = 120, # length of each training
+    skip: Sequence[str] = (), # steps to leave out, such as 'unet'
     on_exists: OnExists = "skip", # "skip": go on where an earlier run stopped, "overwrite": start anew, "error": refuse
     dry_run: bool = False, # only list the steps
 ) -> dict: # path of the report, steps that ran, and the main figures
     "Run the main job on a real brain, or on your own volumes, and write a report"
-    job = demo_job(out, data, cases=cases, seed=seed, workers=workers, limit=limit, train_steps=train_steps)
+    job = demo_job(out, data, cases=cases, seed=seed, workers=workers, limit=limit, train_steps=train_steps,
+                   skip=skip)
     if dry_run: return {"out": Path(out), "steps": [f"{s.name}: {s.title}" for s in job.steps]}
     result = run_job(job, on_exists=on_exists)
     figures = {k: v["figures"] for k, v in result["steps"].items()}

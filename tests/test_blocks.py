@@ -408,6 +408,19 @@ def test_flops_against_torch_counter():
     assert 2*conv_flops(net, x.shape) == counter.get_total_flops()
 
 
+def test_flops_of_modules_and_parameters_that_are_used_twice():
+    "A network that holds a part under two names, and two layers with one weight, keep their values"
+    net = nn.Module()
+    net.first = net.again = nn.Conv3d(2, 2, 3, padding=1)
+    net.third = nn.Conv3d(2, 2, 3, padding=1)
+    net.third.weight = net.first.weight
+    net.forward = lambda x: net.third(net.again(net.first(x)))
+    before = copy.deepcopy(net.state_dict())
+    assert conv_flops(net, (1, 2, 4, 4, 4)) == 3*64*2*2*27
+    assert all(p.device.type == "cpu" for p in net.parameters()) and net.third.weight is net.first.weight
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+
+
 def test_flops_of_several_inputs_and_lists():
     net = FPN([3, 5], 4, 2)
     assert conv_flops(net, [(1, 3, 8, 8), (1, 5, 4, 4)]) == 64*4*3 + 16*4*5 + (64 + 16)*4*4*9

@@ -14,11 +14,17 @@ import pytest
 
 from medvol_nb import phantoms
 from medvol_nb.core import DataError, MedvolError, MissingFile, OutputExists, write_json
-from medvol_nb.demo import demo
+from medvol_nb.demo import demo as full_demo
 from medvol_nb.volume import Volume, affine_from, read_volume, reorient, write_volume
 from tests.faults.injectors import forked
 
 CASES = 2
+SLOW = ("supervoxels", "unet") # steps that every run but one leaves out
+LESS = [w for s in SLOW for w in ("--skip", s)]
+SHORT = 2 # training steps of that one: the way is tested here, not how far it leads
+
+
+def demo(*args, **settings): return full_demo(*args, **{"skip": SLOW, **settings})
 
 
 def told(folder):
@@ -55,7 +61,8 @@ class Loads(HTMLParser):
 
 # ---- as a user runs it ----------------------------------------------------------------------------------------------
 def test_the_command_writes_a_report_that_stands_alone_and_then_has_nothing_to_do(run_cli, tmp_path, straight):
-    run = run_cli("demo", "--cases", CASES, "--json", env={"IN_TEST": "", "PYTEST_CURRENT_TEST": ""})
+    env = {"IN_TEST": "", "PYTEST_CURRENT_TEST": ""}
+    run = run_cli("demo", "--cases", CASES, *LESS, "--json", env=env)
     assert run.returncode == 0, run.stderr
     printed, out = json.loads(run.stdout), tmp_path/"medvol_demo"
     names = [s["name"] for s in json.loads((out/"report.json").read_text())["steps"]]
@@ -67,7 +74,7 @@ def test_the_command_writes_a_report_that_stands_alone_and_then_has_nothing_to_d
     assert page.links and all(s.startswith("data:image/png;base64,iVBOR") for s in page.links)
     assert told(out) == told(straight) and not litter(out)
     start = time.monotonic()
-    again = run_cli("demo", "--cases", CASES, "--json", "--quiet")
+    again = run_cli("demo", "--cases", CASES, *LESS, "--json", "--quiet")
     assert again.returncode == 0 and json.loads(again.stdout)["ran"] == [] and again.stderr == ""
     assert time.monotonic() - start < 10 and told(out) == told(straight)
 
@@ -101,6 +108,21 @@ def test_the_brain_dataset_is_what_it_says(straight):
 def test_workers_change_no_byte(tmp_path, straight, workers):
     demo(tmp_path/"out", cases=CASES, workers=workers)
     assert told(tmp_path/"out") == told(straight)
+
+
+def test_the_whole_job(tmp_path, straight):
+    "All steps, twice: the same bytes, and the short ones as without the others"
+    runs = [full_demo(tmp_path/k, cases=CASES, train_steps=SHORT) for k in "ab"]
+    first = told(tmp_path/"a")
+    assert first == told(tmp_path/"b") and not litter(tmp_path/"a") and set(SLOW) <= set(runs[0]["ran"])
+    alone = told(straight)
+    assert all(first[n] == alone[n] for n in alone if n[:2].isdigit())
+    assert 0.7 < runs[0]["figures"]["supervoxels"]["ASA"] < 1 and 0 < runs[0]["figures"]["unet"]["Dice"] < 1
+
+
+def test_steps_can_be_left_out(tmp_path):
+    for names, text in ((["nonsense"], "there is no step 'nonsense'"), (["datalist"], "needs what is left out")):
+        with pytest.raises(MedvolError, match=text): full_demo(tmp_path/"out", skip=names)
 
 
 def test_a_dry_run_writes_nothing(run_cli, tmp_path):
@@ -190,7 +212,7 @@ def findings(out):
 
 def test_own_volumes_are_verified_and_findings_do_not_fail_the_job(run_cli, tmp_path, own):
     before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
-    run = run_cli("demo", "--data", own, "--out", tmp_path/"out", "--json")
+    run = run_cli("demo", "--data", own, *LESS, "--out", tmp_path/"out", "--json")
     assert run.returncode == 0, run.stderr
     found, steps = findings(tmp_path/"out")
     assert {("cut", "E301"), ("shifted", "E203"), ("halves", "E302"), ("flipped", "W211")} <= found
@@ -228,7 +250,7 @@ def test_folders_that_hold_no_dataset_are_refused_in_one_line(run_cli, tmp_path,
     if layout == "one folder": (root/"images").mkdir()
     if layout == "no pair":
         for sub in ("images", "labels"): (root/sub).mkdir()
-    run = run_cli("demo", "--data", root, "--out", tmp_path/"out")
+    run = run_cli("demo", "--data", root, *LESS, "--out", tmp_path/"out")
     assert run.returncode == 1 and run.stdout == "" and "own" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr and not (tmp_path/"out").exists()
 
@@ -267,7 +289,7 @@ def test_real_planning_scans_have_no_errors(run_cli, tmp_path, data_dir):
     for sub in ("imagesTr", "labelsTr"):
         (tmp_path/"kbp"/sub).mkdir(parents=True)
         for p in (source/sub).iterdir(): shutil.copyfile(p, tmp_path/"kbp"/sub/p.name)
-    run = run_cli("demo", "--data", tmp_path/"kbp", "--json", "--workers", 2)
+    run = run_cli("demo", "--data", tmp_path/"kbp", *LESS, "--json", "--workers", 2)
     assert run.returncode == 0, run.stderr
     figures = json.loads(run.stdout)["figures"]
     assert figures["verify"]["errors"] == 0 and figures["datalist"]["pairs"] == 5

@@ -118,6 +118,7 @@ WRONG = [
     ("tr_params.label_smoothing", 0.5, "less than 0.5"),
     ("tr_params.initial_lr", 0, "greater than 0"),
     ("tr_params.weight_decay", -1, "greater than or equal to 0"),
+    ("tr_params.beta2", 1, "less than 1"),
     ("tr_params.max_steps_per_epoch", 0, "greater than or equal to 1"),
     ("tr_params.max_val_steps_per_epoch", -1, "greater than or equal to 0"),
     ("tr_params.max_epoch", 0, "greater than or equal to 1"),

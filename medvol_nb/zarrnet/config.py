@@ -104,6 +104,7 @@ class TrainParams(Config):
     load_weights_only: bool = False # take the weights alone, and start at epoch 0
     ckpt_out_base: ConfigPath = Field("checkpoints", validate_default=True) # folder of the run
     optimizer: Literal["AdamW", "SGD"] = "AdamW" # SGD has momentum 0.9 (Nesterov)
+    beta2: float = Field(0.999, ge=0, lt=1) # the second beta of AdamW; 0.99 suits runs of a few hundred steps
     num_dataloader_workers: int = Field(4, ge=0) # loading processes
     tensorboard_log_dir: ConfigPath | None = Field("tensorboard_logs", validate_default=True) # null: no TensorBoard
     seed: int = Field(0, ge=0) # names every random stream

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..blocks import (ConvBlock, ResidualBlock, UpBlock, activation, conv, conv_flops, conv_transpose,
-                              count_parameters, excite_layer, init_weights)
+from ..blocks import (ConvBlock, ResidualBlock, UpBlock, _weightless, activation, conv, conv_flops,
+                              conv_transpose, count_parameters, excite_layer, init_weights)
 from ..checkpoints import torch_rng_for
 from ..core import ConfigError, DataError
 from .config import (NetworkConfig, NetworkPlan, Target, TrainParams, ZarrConfig, plan_network,
@@ -332,10 +332,9 @@ class LevelCost:
 
 def _kept(module: nn.Module, *shapes: Sequence) -> int:
     "Bytes that a forward pass leaves for the backward pass"
-    state = {k: v.to("meta") for k, v in [*module.named_parameters(), *module.named_buffers()]}
     args = [torch.empty(s, device="meta") for s in shapes]
     with _Live() as live:
-        out = torch.func.functional_call(module, state, tuple(args))
+        out = torch.func.functional_call(module, _weightless(module), tuple(args), tie_weights=False)
         return live.now if out is not None else 0
 
 def level_costs(

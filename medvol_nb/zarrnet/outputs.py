@@ -135,25 +135,6 @@ def encoding_for(
 # %% ../../nbs/58_zarrnet_outputs.ipynb #PROGRESS
 PROGRESS = ".progress"
 
-def _packers(compressor: Mapping[str, Any], version: int) -> tuple:
-    "Codecs with a checksum behind them"
-    given = dict(compressor)
-    name, level = given.pop("name", "zstd"), given.pop("level", 1)
-    known = {3: ("zstd", "gzip", "blosc", "none"), 2: ("zstd", "gzip")}[version]
-    if name not in known:
-        raise ConfigError(f"compressor: {name!r} is not one of {', '.join(known)}, which zarr version {version} stores "
-                          "with checksums here")
-    try:
-        if version == 2:
-            import numcodecs
-            return (numcodecs.Zstd(level=level, checksum=True, **given) if name == "zstd" else
-                    numcodecs.GZip(level=level, **given),)
-        from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-        make = {"zstd": lambda: ZstdCodec(level=level, **given), "gzip": lambda: GzipCodec(level=level, **given),
-                "blosc": lambda: BloscCodec(clevel=level, **{"cname": "zstd", "shuffle": "shuffle", **given})}
-        return (*([make[name]()] if name in make else []), Crc32cCodec())
-    except (TypeError, ValueError) as e: raise ConfigError(f"compressor: {compressor} is not understood: {e}") from None
-
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping) or (at and not value): return {at: value}
     return {k: v for n, inner in value.items() for k, v in _flat(inner, f"{at}.{n}" if at else str(n)).items()}
@@ -228,22 +209,24 @@ def create_predictions(
 ) -> "Predictions": # empty
     "Make a store with all its arrays and no voxels"
     import zarr
-    packers = _packers(form.compressor or {"name": "zstd", "level": 1}, form.version)
-    slash = {} if form.version == 3 else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    packing = form.compressor or {"name": "zstd", "level": 1}
+    packers_for(packing, form.version)
     if len({form.names(e.target)[0] for e in encodings}) < len(encodings):
         raise ConfigError(f"array_name: {form.array_name!r} gives several targets the same name")
+    told = {k: {n: x for n, x in v.items() if n != "content"} if isinstance(v, dict) else v # dates of input files
+            for k, v in plain(key).items()}
     with atomic(path, on_exists, folder=True) as t:
         root = zarr.create_group(str(t), zarr_format=form.version)
         for e in encodings:
             names, shape = form.names(e.target), form.shape
-            about = e.attributes() | {"run": plain(key), "spacing_mm": list(form.spacing)}
+            about = e.attributes() | {"run": told, "spacing_mm": list(form.spacing)}
             if form.kind == "ome-zarr":
                 root.create_group(names[0].split("/")[0], attributes=_multiscale(e, form))
             for name in names:
                 sizes = tuple(min(c, n) for c, n in zip(form.chunks, shape))
-                root.create_array(name, shape=(*e.lead, *shape), chunks=(*(1 for _ in e.lead), *sizes), dtype=e.dtype,
-                                  compressors=packers, fill_value=0, config={"write_empty_chunks": False}, **slash,
-                                  attributes=about | {"axes": ["c"]*len(e.lead) + list("zyx")})
+                create_array(root, name, (*e.lead, *shape), e.dtype, (*(1 for _ in e.lead), *sizes),
+                             attributes=about | {"axes": ["c"]*len(e.lead) + list("zyx")}, compressor=packing,
+                             nested=True)
                 shape = tuple(-(-n//2) for n in shape)
         (t/PROGRESS).mkdir()
         write_json(t/PROGRESS/"run.json", {"version": 1, "key": key, "columns": columns})

@@ -13,8 +13,9 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _STORED_CHANNELS = {"binary": 1, "multiclass": 1, "normals": 3}
 
 def _opened(cfg: ZarrConfig, index: int, options: Mapping[str, Any]) -> tuple[dict[str, ChunkedVolume], list[str]]:
     "What belongs to one volume of the settings, and what is wrong with it"
-    entry, at = cfg.volumes[index], f"dataset_config.volume_paths.{index}"
+    entry, at = cfg.volumes[index], partial(cfg.place, "dataset_config", "volume_paths", index)
     problems: list[str] = []
     out: dict[str, ChunkedVolume] = {}
     def open_one(key: str, path: str, channels: int | None) -> None:
@@ -41,7 +42,7 @@ def _opened(cfg: ZarrConfig, index: int, options: Mapping[str, Any]) -> tuple[di
             if key != "input" and entry.level and "input" in out and found.shape != out["input"].shape:
                 found = open_volume(path, entry.level, **axis, **options)
             out[key] = found
-        except MedvolError as e: problems.append(f"{at}.{key}: {e}")
+        except MedvolError as e: problems.append(f"{at(key)}: {e}")
     open_one("input", entry.input, cfg.dataset_config.in_channels)
     for name, target in cfg.targets.items():
         channels = _STORED_CHANNELS.get(target.kind, target.channels)
@@ -50,23 +51,24 @@ def _opened(cfg: ZarrConfig, index: int, options: Mapping[str, Any]) -> tuple[di
         if getattr(entry, key): open_one(key, getattr(entry, key), None)
     return out, problems + _misfits(cfg, entry, at, out)
 
-def _misfits(cfg: ZarrConfig, entry: VolumeEntry, at: str, volumes: Mapping[str, ChunkedVolume]) -> list[str]:
+def _misfits(cfg: ZarrConfig, entry: VolumeEntry, at: Callable[[str], str], volumes: Mapping[str, ChunkedVolume]
+             ) -> list[str]:
     "What does not fit to the input"
     if "input" not in volumes: return []
     shape, patch, out = volumes["input"].shape, cfg.tr_params.patch_size, []
     for key, v in volumes.items():
-        if v.shape != shape: out.append(f"{at}.{key}: shape {v.shape}, but the input has {shape}")
+        if v.shape != shape: out.append(f"{at(key)}: shape {v.shape}, but the input has {shape}")
         if key in cfg.targets and cfg.targets[key].kind == "multiclass" and v.dtype.kind not in "iub":
-            out.append(f"{at}.{key}: {v.dtype} values, classes must be whole numbers")
-        if key in ("mask", "ignore_mask") and v.channels: out.append(f"{at}.{key}: has channels, a mask has none")
+            out.append(f"{at(key)}: {v.dtype} values, classes must be whole numbers")
+        if key in ("mask", "ignore_mask") and v.channels: out.append(f"{at(key)}: has channels, a mask has none")
     if entry.bbox and any(hi > n for (_, hi), n in zip(entry.bbox, shape)):
-        out.append(f"{at}.bbox: {list(map(list, entry.bbox))} leaves the volume of {shape}")
+        out.append(f"{at('bbox')}: {list(map(list, entry.bbox))} leaves the volume of {shape}")
     extent = [hi - lo for lo, hi in entry.bbox] if entry.bbox else shape
     small = [a for a, p, n in zip("zyx", patch, extent) if p > n]
     if small and not cfg.tr_params.pad_small:
         what = "bbox" if entry.bbox else "input"
         sizes = [" x ".join(map(str, v)) for v in (extent, patch)]
-        out.append(f"{at}.{what}: {sizes[0]} is smaller than the patch {sizes[1]} (axis {', '.join(small)}). Take a "
+        out.append(f"{at(what)}: {sizes[0]} is smaller than the patch {sizes[1]} (axis {', '.join(small)}). Take a "
                    "smaller patch, or set tr_params.pad_small")
     return out
 
@@ -82,7 +84,7 @@ def open_entries(
     opened = [_opened(cfg, i, options) for i in range(len(cfg.volumes))]
     problems = [p for _, ps in opened for p in ps]
     channels = {v["input"].channels or 1 for v, _ in opened if "input" in v}
-    if len(channels) > 1: problems.append(f"dataset_config.volume_paths: inputs have {sorted(channels)} channels")
+    if len(channels) > 1: problems.append(f"{cfg.place('dataset_config', 'volume_paths')}: inputs have {sorted(channels)} channels")
     if problems:
         raise ConfigError(f"{len(problems)} problem{'s'*(len(problems) > 1)} with the volumes: " + "; ".join(problems))
     return [v for v, _ in opened]

@@ -87,6 +87,7 @@ class StepKiller:
 
     def __init__(self, folder: str, at: int | None = None, pause: float = 0):
         self.count, self.at, self.pause, self.folder = 0, at, pause, folder
+        if pause: signal.signal(signal.SIGALRM, signal.SIG_DFL) # the kernel ends the process, no handler runs
         sys.addaudithook(self)
 
     def __call__(self, event: str, args: tuple) -> None:
@@ -94,7 +95,6 @@ class StepKiller:
         self.count += 1
         if self.count != self.at: return
         if not self.pause: os.kill(os.getpid(), signal.SIGKILL)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL) # the kernel ends the process, no handler runs
         signal.setitimer(signal.ITIMER_REAL, self.pause)
 
 

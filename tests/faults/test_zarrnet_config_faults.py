@@ -1,6 +1,7 @@
 """Row 40: settings of the multi-task U-Net that are wrong, hostile, or do not fit their data."""
 
 import copy
+import re
 
 import numpy as np
 import yaml
@@ -120,8 +121,10 @@ def test_row_40_zarr_unet_settings(instances, tmp_path):
     file.write_text(plain)
     open_entries(ZarrConfig.load(file))
     for name, (place, value, words) in data.items():
-        file.write_text(edited(place, value))
-        with instances.refuses(name, ConfigError, entry.replace(".", r"\."), words):
+        file.write_text(text := edited(place, value))
+        at = {"patch larger than the volume": "input"}.get(name, place.split(".")[-1])
+        line = next(str(i + 1) for i, t in enumerate(text.split("\n")) if t.strip(" -").startswith(f"{at}:"))
+        with instances.refuses(name, ConfigError, rf"{re.escape(entry)}\.{at} \(line {line}\): ", words):
             open_entries(ZarrConfig.load(file))
     assert sorted(p.name for p in tmp_path.iterdir()) == before and not canary.exists()
 
