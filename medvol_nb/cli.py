@@ -35,6 +35,13 @@ COMMANDS = {
     "supervoxels infer": "medvol_nb.sv_batch:infer",
     "supervoxels batch-infer": "medvol_nb.sv_batch:batch_infer",
     "supervoxels metrics": "medvol_nb.sv_batch:metrics",
+    "synth templates": "medvol_nb.synth.templates:templates",
+    "synth ensembles": "medvol_nb.synth.generate:ensembles",
+    "synth views": "medvol_nb.synth.generate:views",
+    "synth pack": "medvol_nb.synth.generate:pack",
+    "synth generate": "medvol_nb.synth.generate:generate",
+    "synth pretrain": "medvol_nb.synth.pretrain:pretrain",
+    "synth features": "medvol_nb.synth.features:features",
     "unet find-patches": "medvol_nb.zarrnet.patches:find_patches_command",
     "unet preview": "medvol_nb.zarrnet.train:preview",
     "unet summary": "medvol_nb.zarrnet.train:network_summary",
@@ -44,6 +51,7 @@ COMMANDS = {
 GROUPS: dict[str, str] = {
     "datalists": "From folders of images and labels to verified lists, one label space, class statistics",
     "supervoxels": "Pieces of scans that follow the borders of what is in them, for training and annotation",
+    "synth": "Label ensembles from organ shapes, paired synthetic views of them, and features learnt from both",
     "unet": "Multi-task U-Nets on chunked volumes that may be larger than memory",
 }
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .core import (DataError, FormatError, MedvolError, MissingFile, OnExists, atomic, check_output,
-                            human_bytes)
+from .core import (ConfigError, DataError, FormatError, MedvolError, MissingFile, OnExists, atomic,
+                            check_output, human_bytes)
 from .geometry import Volume, affine_from
 from .nifti import MAX_BYTES
 

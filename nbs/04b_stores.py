@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import (DataError, FormatError, MedvolError, MissingFile, OnExists, atomic, check_output,
-                            human_bytes)
+from medvol_nb.core import (ConfigError, DataError, FormatError, MedvolError, MissingFile, OnExists, atomic,
+                            check_output, human_bytes)
 from medvol_nb.geometry import Volume, affine_from
 from medvol_nb.nifti import MAX_BYTES
 

@@ -111,7 +111,8 @@ def open_entries(
     opened = [_opened(cfg, i, options) for i in range(len(cfg.volumes))]
     problems = [p for _, ps in opened for p in ps]
     channels = {v["input"].channels or 1 for v, _ in opened if "input" in v}
-    if len(channels) > 1: problems.append(f"{cfg.place('dataset_config', 'volume_paths')}: inputs have {sorted(channels)} channels")
+    if len(channels) > 1:
+        problems.append(f"{cfg.place('dataset_config', 'volume_paths')}: inputs have {sorted(channels)} channels")
     if problems:
         raise ConfigError(f"{len(problems)} problem{'s'*(len(problems) > 1)} with the volumes: " + "; ".join(problems))
     return [v for v, _ in opened]
@@ -427,6 +428,10 @@ def _block_sides(patches: PatchList, block: Sequence[int], source: np.ndarray, p
         n_val, n_train = n_val + won, n_train - lost
     return np.where(inside == 0, 1, np.where(inside == total, 2, 0))
 
+def _meet(a: Sequence | None, b: Sequence | None) -> bool:
+    "Do two boxes share a voxel? None is everything"
+    return a is None or b is None or all(low < end and start < high for (low, high), (start, end) in zip(a, b))
+
 def split_patches(
     patches: PatchList, # from `patch_list`
     cfg: ZarrConfig, # settings: tr_val_split, val_split_mode, val_block, seed, and split of the volumes
@@ -437,9 +442,10 @@ def split_patches(
     inputs = [f"{e.input}@{e.level}" for e in entries]
     source = np.array([inputs.index(i) for i in inputs])[patches.volume_idx]
     if mode == "volume":
-        sides = ({i for i, e in zip(inputs, entries) if e.split == s} for s in ("train", "val"))
-        if both := sorted(set.intersection(*sides)):
-            raise ConfigError(f"dataset_config.volume_paths: {both[0]} is an input of train and of val")
+        sides = ([(i, e.bbox) for i, e in zip(inputs, entries) if (e.split == "val") == val] for val in (False, True))
+        if both := sorted(a for (a, box), (b, other) in itertools.product(*sides) if a == b and _meet(box, other)):
+            raise ConfigError(f"dataset_config.volume_paths: {both[0]} is an input of train and of val. Give it twice "
+                              "with a bbox each that do not meet")
         side = np.array([2 if e.split == "val" else 1 for e in entries])[patches.volume_idx]
     elif part <= 0: side = np.ones(len(patches), np.int64)
     elif mode == "random":

@@ -30,7 +30,7 @@ import numpy as np
 
 from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, _fsync,
                             atomic, optional, plain, read_json, remove_tree, write_json, write_text)
-from medvol_nb.stores import as_format_error, downsample2
+from medvol_nb.stores import as_format_error, create_array, downsample2, packers_for
 from medvol_nb.zarrnet.columns import room_in
 from medvol_nb.zarrnet.config import Target, infer_kind
 

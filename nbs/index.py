@@ -11,10 +11,13 @@
 # | 00–02 | errors, random streams, atomic files; settings; parallel maps and resumable jobs |
 # | 03 | synthetic volumes that all other pages use as data |
 # | 04–04c | volumes: geometry, NIfTI, chunked stores, one reader for all formats |
-# | 05–07a | intensity, sliding windows, pictures |
+# | 05–07a | intensity, the body in a scan, sliding windows, pictures |
 # | 08–09 | checkpoints, the training loop, network blocks |
 # | 10–11d | label spaces, data lists, splits, loading, conversion, pairing by name |
 # | 12–14a | recipes of datasets, verification, class statistics, a training loader |
+# | 20–22b | supervoxels: clustering, Segment-Anything features, the pipeline, points for training |
+# | 40–44c | synthetic anatomy: templates, label ensembles, views, stores, contrastive pretraining, features |
+# | 50–59 | U-Nets for several targets on chunked volumes: stores, patches, training, prediction, seams |
 # | 85–87 | environment check, jobs with reports, the demo |
 # | 89–90 | signatures and the command line made from them |
 #

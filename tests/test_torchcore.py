@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -545,6 +545,47 @@ def test_clipping_bounds_the_step(tmp_path):
     assert all(float(r["grad_norm"]) > 0.01 for r in result.log) # the norm before clipping is logged
     steps = [float((b - a).norm()) for a, b in zip(weights[:6], weights[1:6])]
     assert steps == pytest.approx([0.5*0.01]*5, rel=1e-3)
+
+
+def simulated_scale(monkeypatch, scale):
+    "An accelerator that scales losses as with half precision on a GPU, while the arithmetic stays single"
+    make = torchcore._accelerator
+    def scaled(cfg):
+        acc = make(cfg)
+        acc.scaler, prepare = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6), acc.prepare
+        def prepared(*things):
+            out = prepare(*things)
+            acc.native_amp, acc.state._mixed_precision = True, "fp16" # not before, or the network would be wrapped
+            return out
+        acc.prepare, acc.autocast = prepared, nullcontext
+        return acc
+    monkeypatch.setattr(torchcore, "_accelerator", scaled)
+
+
+@pytest.mark.parametrize("how", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"optimizer": "sgd", "accumulate": 2}])
+def test_U08_B20_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch, how):
+    "With a scale of 65536: clipping scaled gradients would make the first step of SGD thousands of times smaller"
+    how = {"kind": "plain", "validate": None, "clip_norm": 0.05, "schedule": "constant", "stops": [1], "lr": 1, **how}
+    plain, once = train(tmp_path/"plain", **how)
+    with monkeypatch.context() as patch:
+        simulated_scale(patch, 65536.0)
+        scaled, again = train(tmp_path/"scaled", **how)
+        assert newest(tmp_path/"scaled")["scaler"]["scale"] == 65536
+    start = network("plain")
+    for p, q, s in zip(plain.parameters(), scaled.parameters(), start.parameters()):
+        assert (p - q).abs().max() <= 1e-5*(p - s).abs().max() and (p - s).abs().max() > 0
+    norms = [[float(r["grad_norm"]) for r in x.log] for x in (once, again)]
+    assert np.allclose(*norms, rtol=1e-5) and min(norms[0]) > 0.05
+
+
+def test_U08_a_last_group_is_neither_lost_nor_left_for_the_next_epoch(tmp_path):
+    "Five batches in groups of two: every epoch is two whole steps, and no gradient of one epoch is in the next"
+    seen = []
+    def loss(model, batch):
+        seen.append(all(p.grad is None or not p.grad.any() for p in model.parameters()))
+        return bce(model, batch)
+    _, done = train(tmp_path/"run", dataset=Points(20), accumulate=2, epochs=3, loss=loss, validate=None, kind="plain")
+    assert done.steps == 6 and seen == [True, False]*6
 
 
 # ---- good manners ---------------------------------------------------------------------------------------------------

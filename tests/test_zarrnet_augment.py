@@ -37,6 +37,17 @@ def same(a, b):
                                     for k in a if isinstance(a[k], np.ndarray))
 
 
+def test_U22_flips_and_turns_are_on_unless_they_are_switched_off():
+    "The second revision dropped them and kept their code"
+    augment, done = Augment(None, KINDS), set()
+    for k in range(200): done |= {name for name, _ in augment.draw((1, 16, 16, 16), rng_for(k, "draws"))}
+    assert {"flip", "rot90", "transpose"} <= done >= set(INTENSITY)
+    sample, flips = make_sample((8, 12, 12)), Augment(AugmentConfig.only(flip=always("flip", axes=("x",))), KINDS)
+    moved = flips(sample, rng_for(0))
+    assert np.array_equal(moved["image"], sample["image"][..., ::-1])
+    assert np.array_equal(moved["n"][0], -sample["n"][0, ..., ::-1])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_apply_is_pure_and_draws_are_plain(name):
     sample, transform = make_sample(), always(name)
@@ -54,7 +65,7 @@ def test_apply_is_pure_and_draws_are_plain(name):
 
 
 @pytest.mark.parametrize("name", INTENSITY)
-def test_U6_intensity_never_clips_and_touches_the_image_alone(name):
+def test_U06_intensity_never_clips_and_touches_the_image_alone(name):
     "Upstream's 2-D library clipped to [0, 1]: half of a z-scored patch became 0"
     sample, transform = make_sample(), always(name)
     for seed in range(5):
@@ -67,7 +78,7 @@ def test_U6_intensity_never_clips_and_touches_the_image_alone(name):
 
 
 @pytest.mark.parametrize("name", [n for n in INTENSITY if n not in ("noise", "speckle")])  # noise has no axis
-def test_U6_z_is_an_axis_and_not_a_colour(name):
+def test_U06_z_is_an_axis_and_not_a_colour(name):
     "A transposed patch under transposed parameters is the transposed result, for transforms that know an axis"
     image = make_sample((12, 12, 12))["image"]
     transform = always(name)

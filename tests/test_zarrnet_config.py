@@ -257,8 +257,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("place, value, words", WRONG, ids=[f"{p}={v!r}"[:70] for p, v, _ in WRONG])
-def test_every_rule_names_its_place(place, value, words):
+@pytest.mark.parametrize(
+    "place, value, words", WRONG, ids=[f"{p}={'removed' if v is REMOVED else repr(v)}"[:70] for p, v, _ in WRONG]
+)
+def test_B1_every_rule_names_its_place(place, value, words):
     start = SEED
     if place.startswith("tr_params.val_block"):
         start = changed(("tr_params.val_block", [1, 1, 1]))
@@ -384,7 +386,7 @@ def test_activations_of_a_prediction_in_the_references_form():
         load(changed(("inference_params.targets", given), ("inference_params.activation_override", {"sheet": "none"})))
 
 
-def test_fuzz_never_anything_but_success_or_ConfigError():
+def test_B2_fuzz_never_anything_but_success_or_ConfigError():
     "B2: 3000 mutations of type at random places, one to four at a time"
     values = [None, True, 0, -1, 7, 1.5, "", "x", "null", [], [1], [[1]], {}, {"a": 1}, [None], {"sheet": None}, 10**30,
               -0.0, 1e308, "np.uint8", {"channels": 1}, [1, 2, 3], ["sheet"], b"x", math.nan, math.inf]  # fmt: skip

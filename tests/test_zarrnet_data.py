@@ -97,7 +97,7 @@ def test_a_sample_is_the_stored_crop(two):
         assert data.keys[i] == f"{'ab'[v]} at {tuple(start.tolist())}"
 
 
-def test_U6_validation_is_not_augmented_and_training_is(two):
+def test_U06_validation_is_not_augmented_and_training_is(two):
     cfg, patches = two
     train = VolumeDataset(cfg, patches, augment=Augment(None, {"sheet": "binary", "normals": "normals"}))
     val = VolumeDataset(cfg, patches, normalizer=train.normalizer)
@@ -329,7 +329,7 @@ def test_U20_arrays_are_opened_once_and_not_for_every_sample(two, monkeypatch):
     assert len(opened) == len(set(opened)) == 6
 
 
-def test_grouped_patches_hit_a_small_cache(tmp_path, monkeypatch):
+def test_U28_B12_grouped_patches_hit_a_small_cache(tmp_path, monkeypatch):
     "Chunks decoded with a cache of a quarter of the volume: grouped order against random order and no cache"
     shape = (32, 96, 96)
     img = phantoms.sheets(shape, 0, pitch=12).img
@@ -391,7 +391,7 @@ def test_schemes_on_a_volume_that_is_read_whole(two):
         assert back == n and np.array_equal(back(patch, "a"), out)
 
 
-def test_U4_scaling_of_integers_happens():
+def test_U04_scaling_of_integers_happens():
     "Upstream cast to float before it looked at the type, so the branch that scales never ran"
     assert ImageNormalizer("scale")(np.full((1, 1, 1), 255, np.uint8)).item() == 1
     assert ImageNormalizer("scale")(np.full((1, 1, 1), 65535, np.uint16)).item() == 1

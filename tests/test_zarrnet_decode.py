@@ -28,7 +28,7 @@ def decode(raw, sample=None, **settings):
 # --------------------------------------------------------------------------------------------------------- values
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "uint16", "uint32", "float32", "float64"])
-def test_U5_masks_of_zero_and_one_stay_zero_and_one(dtype):
+def test_U05_masks_of_zero_and_one_stay_zero_and_one(dtype):
     "Upstream divided uint8 by 255: the target was 0.0039"
     value, valid = decode(np.array([0, 1, 1, 0]).astype(dtype))
     assert value.ravel().tolist() == [0, 1, 1, 0] and valid.all() and value.dtype == np.float32
@@ -96,7 +96,7 @@ def test_suspicion_and_decision_are_logged(caplog):
 @pytest.mark.parametrize("ignore, raw", [(255, np.array([0, 1, 255], np.uint8)), (-1, np.array([0, 1, -1], np.int16)),
                                          (math.nan, np.array([0, 1, np.nan], np.float32)),
                                          (0.5, np.array([0, 1, 0.5], np.float64))])
-def test_U1_ignore_label_is_used_and_taken_before_anything_else(ignore, raw):
+def test_U01_ignore_label_is_used_and_taken_before_anything_else(ignore, raw):
     "Upstream reads the key and never uses it; here the mask comes from the raw value, and the value is gone"
     for kind in ("binary", "regression"):
         value, valid = decode(raw, ignore_label=ignore, kind=kind)
@@ -187,7 +187,7 @@ def test_B11_dilation_with_halo_equals_whole_volume_dilation(name):
         np.testing.assert_array_equal(value*inside, padded[0][box])
 
 
-def test_U1_dilate_label_and_loss_only_on_label_are_used():
+def test_U01_dilate_label_and_loss_only_on_label_are_used():
     "Both were read and then ignored, or used for one name only"
     raw = np.zeros((21, 21, 21), np.uint8)
     raw[10, 10, 10] = 1

@@ -258,20 +258,20 @@ def test_B7_normals_round_trip(dtype, limit):
     np.testing.assert_allclose(decode_normals(encode_normals(axes, dtype)), axes, atol=5e-3)
 
 
-def test_U2_uint16_normals_are_scaled_once():
+def test_U02_uint16_normals_are_scaled_once():
     "Upstream turned (0.6, -0.8, 0) into (-0.99998, -1, -0.99998) by dividing by 65535 and again by 32767.5"
     raw = encode_normals(np.array([[0.6], [-0.8], [0.0]]), "uint16")
     np.testing.assert_allclose(decode_normals(raw)[:, 0], (0.6, -0.8, 0), atol=1e-4)
 
 
-def test_U2_uint8_normals_are_scaled_by_their_own_range():
+def test_U02_uint8_normals_are_scaled_by_their_own_range():
     "The second revision decoded uint8 to -1...509"
     raw = encode_normals(np.array([[0.6], [-0.8], [0.0]]), "uint8")
     np.testing.assert_allclose(decode_normals(raw)[:, 0], (0.6, -0.8, 0), atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
-def test_U3_background_normals_decode_to_zero(dtype):
+def test_U03_background_normals_decode_to_zero(dtype):
     "Upstream's background was (-1, -1, -1), of length 1.73, so that the cosine mask was true everywhere"
     assert not decode_normals(np.zeros((3, 2, 2, 2), dtype)).any()
 

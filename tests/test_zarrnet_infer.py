@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from medvol_nb.core import ConfigError, DataError, FormatError, Locked, MissingFile, OutputExists, lock, rng_for
 from medvol_nb.geometry import Volume, affine_from
-from medvol_nb.grid import Grid, axis_starts
+from medvol_nb.grid import Grid, axis_starts, window
 from medvol_nb.intensity import Normalizer
 from medvol_nb.stores import open_zarr, write_zarr
 from medvol_nb.zarrnet import infer
@@ -498,6 +498,23 @@ def test_U17_activations_are_applied_once():
     x = noise((8, 12, 10))
     out = predict_array(Fake(lambda x: {"sheet": x}), x, {"sheet": PROB}, params())["sheet"]
     assert np.allclose(out[0], x, atol=1e-6)
+
+
+@pytest.mark.parametrize("blend", ["gaussian", "constant"])
+def test_U21_the_window_is_used_in_prediction(blend):
+    "By hand: patches answer their own number, the sum is weighted by the window and divided by the weights"
+    bells = window((8,), blend)[0].astype(float)
+    own = iter([0.2, 0.9])
+    assert [s[0] for s in Grid((12, 8, 8), 8, 0.5)] == [0, 4]
+    def answer(x): return {"sheet": torch.cat([torch.full((1, 1, 8, 8, 8), next(own)) for _ in x])}
+    out = predict_array(Fake(answer), np.zeros((12, 8, 8), np.float32), {"sheet": PROB},
+                        params(patch_size=(8, 8, 8), overlap=0.5, blend=blend, batch_size=1))["sheet"][0]
+    sums, weights = np.zeros(12), np.zeros(12)
+    for start, value in ((0, 0.2), (4, 0.9)):
+        sums[start:start + 8] += value*bells
+        weights[start:start + 8] += bells
+    assert np.allclose(out, (sums/weights)[:, None, None], atol=1e-6)
+    assert (np.abs(out[4:8] - 0.55).max() < 1e-6) == (blend == "constant")
 
 
 def test_U24_overlap_is_the_fraction_that_patches_share():

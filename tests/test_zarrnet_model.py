@@ -156,7 +156,7 @@ def test_B13_every_parameter_gets_a_gradient(name, deep):
 
 
 @pytest.mark.parametrize("name", ["resenc", "shared", "seed"])
-def test_B13_no_module_is_stored_twice(name, tmp_path):
+def test_U23_B13_no_module_is_stored_twice(name, tmp_path):
     "U23: the second revision stores the shared encoder once more under each decoder"
     model = build_model(NETS[name], TWO)
     state = model.state_dict()
@@ -171,6 +171,43 @@ def test_B13_no_module_is_stored_twice(name, tmp_path):
 
 
 # ---- forward, predict
+
+
+@pytest.mark.parametrize("preset", ["seed", "resenc"])
+@pytest.mark.parametrize("decoder", ["separate", "shared"])
+def test_U10_nothing_is_built_that_is_not_used(preset, decoder):
+    "The reference inherits a decoder that no target uses, 23 % of its parameters"
+    net = NetworkConfig(preset=preset, f_maps=(8, 16, 32), decoder=decoder)
+    model, used = build_model(net, TWO), set()
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_hook(lambda *_, name=name: used.add(name))
+    model(image(1, 1, 16, 16, 16))
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert owners == used
+
+
+def test_U15_an_architecture_written_by_hand_works(tmp_path):
+    "Text read from a file is equal to the known words without being the same object"
+    for k, (norm, nonlin, se, decoder) in enumerate(
+        [
+            ("instance", "relu", "cse", "shared"),
+            ("group", "elu", "scse", "separate"),
+            ("batch", "leaky_relu", "sse", "shared"),
+        ]
+    ):
+        file = tmp_path / f"{k}.yaml"
+        file.write_text(
+            f"tr_params: {{patch_size: [16, 16, 16]}}\n"
+            f"model_config: {{preset: resenc, f_maps: [8, 16], norm: {norm}, nonlin: {nonlin}, "
+            f"se: {se}, decoder: {decoder}}}\n"
+            "dataset_config:\n  volume_paths: [{input: a.zarr, sheet: b.zarr}]\n"
+            "  targets: {sheet: {channels: 1, activation: sigmoid}}\n"
+        )
+        model = build_model(ZarrConfig.load(file))
+        assert (model.plan.norm, model.plan.nonlin, model.plan.se) == (norm, nonlin, se)
+        assert model(image(1, 1, 16, 16, 16))["sheet"].shape == (1, 1, 16, 16, 16)
+        assert ("shared" in model.decoders) == (decoder == "shared")
 
 
 def test_U09_forward_gives_logits_and_predict_probabilities():
@@ -227,7 +264,7 @@ def test_same_seed_same_weights():
 # ---- (16) sizes
 
 
-def test_B16_illegal_sizes_are_refused_before_anything_is_allocated():
+def test_U32_B16_illegal_sizes_are_refused_before_anything_is_allocated():
     "U32: the check of the third revision's parent is always true"
     model = hollow(NetworkConfig(num_levels=6))
     huge = torch.empty(1, 1, 2**14 + 1, 2**14, 2**14, device="meta")

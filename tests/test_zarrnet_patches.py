@@ -284,7 +284,7 @@ def test_volumes_that_do_not_fit_are_refused_together(task):
         open_entries(task([]))
 
 
-def test_U2_thresholds_of_dataset_config_have_an_effect(task):
+def test_U02_thresholds_of_dataset_config_have_an_effect(task):
     lengths = [len(patch_list(task(dataset_config__min_labeled_ratio=r), cache=False)) for r in (0.1, 0.18, 0.21)]
     assert lengths[0] > lengths[1] > lengths[2] > 0
     assert len(patch_list(task(dataset_config__min_bbox_percent=0.999), cache=False)) < lengths[0]
@@ -506,7 +506,7 @@ def painted(patches, side, shape, n=2):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_U7_B8_no_voxel_is_shared_and_the_split_stays(task, seed):
+def test_U07_B8_no_voxel_is_shared_and_the_split_stays(task, seed):
     patches = dense(n_volumes=2)
     patches = patches.take(rng_for(seed, "thin").random(len(patches)) < 0.8)
     cfg = task(tr_params__seed=seed, tr_params__val_block=[32, 64, 64])
@@ -522,7 +522,7 @@ def test_U7_B8_no_voxel_is_shared_and_the_split_stays(task, seed):
     )
 
 
-def test_U7_random_split_leaks(task, caplog):
+def test_U07_random_split_leaks(task, caplog):
     "What the block split is there for: with random patches nearly all validation voxels are training voxels"
     patches = dense()
     split = split_patches(patches, task(tr_params__val_split_mode="random"))
@@ -549,6 +549,12 @@ def test_split_by_volume(task):
     twice = [{**both[0], "split": "train", "name": "x"}, {**both[0], "split": "val", "name": "y"}]
     with pytest.raises(ConfigError, match="is an input of train and of val"):
         split_patches(patches, task(twice, tr_params__val_split_mode="volume"))
+    halves = [{**e, "bbox": [[0, 64], [0, 192], x]} for e, x in zip(twice, ([0, 96], [96, 192]), strict=True)]
+    split = split_patches(patches, task(halves, tr_params__val_split_mode="volume"))
+    assert len(split.train) and len(split.val)
+    halves[1]["bbox"][2][0] = 95
+    with pytest.raises(ConfigError, match="a bbox each that do not meet"):
+        split_patches(patches, task(halves, tr_params__val_split_mode="volume"))
 
 
 def test_no_validation_and_impossible_splits(task):

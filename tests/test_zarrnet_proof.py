@@ -162,3 +162,52 @@ def test_B23_after_270_steps(at_270):
     assert found["normals_angle_mean"] <= 16 and found["normals_angle_median"] <= 14, found
     assert found["normals_angle_p95"] <= 35, found
     assert found["normals_angle_mean"] - found["normals_axial_mean"] <= 1, found
+
+
+@pytest.mark.slow
+def test_B24_two_tasks_cost_each_other_little(rolls, at_270):
+    "One network for both, against one for each, after the same steps"
+    both, _ = at_270
+    sheet, _ = run(rolls, 270, "sheet_alone", targets=("sheet",))
+    normals, _ = run(rolls, 270, "normals_alone", targets=("normals",))
+    assert both["sheet_dice"] >= sheet["sheet_dice"] - 0.02, (both, sheet)
+    assert both["normals_angle_mean"] <= normals["normals_angle_mean"] + 3, (both, normals)
+
+
+@pytest.mark.slow
+def test_B32_seams_of_the_trained_network(rolls, at_270):
+    "Along x: change at borders of patches relative to elsewhere, and distance to a prediction with more overlap"
+    _, done = at_270
+    trained, source = load_model(done.weights, "cpu"), open_volume(rolls[2]["input"])
+    truth = phantoms.sheets(VAL, 1, pitch=16, thickness=5, noise=7).mask.astype(float)
+    sheet, found = {"sheet": trained.targets["sheet"]}, {}
+    options = {"normalizer": normalizer_for(trained, source), "device": "cpu"}
+    image = source[...]
+    for blend in ("gaussian", "constant"):
+        out = predict_array(trained.model, image, sheet, way(blend=blend), **options)["sheet"]
+        seam = seam_ratio(out, Grid(VAL, PATCH, 0.5), truth)[2]
+        apart = self_consistency(trained.model, image, sheet, way(blend=blend), **options)["sheet"]
+        found[blend] = seam.relative, apart, seam.planes
+    print(found)
+    assert found["gaussian"][0] < found["constant"][0] and found["gaussian"][1] < found["constant"][1], found
+    assert found["gaussian"][0] <= 1.08 and found["gaussian"][2] >= 6, found
+
+
+@pytest.mark.parametrize("decoder", ["separate", "shared"])
+@pytest.mark.parametrize("off", ["sheet", "normals"])
+def test_B24_weight_zero_gives_the_head_exactly_no_gradient(rolls, decoder, off):
+    cfg = recipe(rolls, "any")
+    net = {"f_maps": (4, 8), "decoder": decoder}
+    targets = {n: t.model_copy(update={"weight": 0.0 if n == off else t.weight}) for n, t in cfg.targets.items()}
+    with seeded(0, "weights"):
+        model = build_model(check_config(type(cfg.network), net), targets, 1, patch_size=(8, 16, 16))
+    rng, box = rng_for(0, "batch"), (2, 1, 8, 16, 16)
+    batch = {
+        "sheet": torch.from_numpy(rng.integers(0, 2, box).astype(np.float32)),
+        "normals": torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(2, 3, 8, 16, 16))).float(), dim=1),
+        **{f"{n}__mask": torch.ones(box, dtype=torch.uint8) for n in targets},
+    }
+    MultiTaskLoss(targets)(model(torch.from_numpy(rng.normal(size=box)).float()), batch)["loss"].backward()
+    grads = {n: [p.grad for p in model.heads[f"to_{n}"].parameters()] for n in targets}
+    assert all(g is None or not g.any() for g in grads[off])
+    assert all(g is not None and g.any() for n in targets if n != off for g in grads[n])

@@ -99,7 +99,7 @@ def test_dry_run_writes_nothing(data, tmp_path):
 
 
 @pytest.mark.parametrize("workers, accumulate", [(0, 1), (2, 1), (0, 2)])
-def test_19_two_and_two_epochs_are_four(data, tmp_path, workers, accumulate):
+def test_B19_two_and_two_epochs_are_four(data, tmp_path, workers, accumulate):
     more = {
         "tr_params__num_dataloader_workers": workers,
         "tr_params__gradient_accumulation": accumulate,
@@ -119,7 +119,7 @@ def test_workers_change_no_byte(data, tmp_path):
     assert left(runs[0]) == left(runs[1])
 
 
-def test_22_killed_at_counted_steps(data, tmp_path):
+def test_B22_killed_at_counted_steps(data, tmp_path):
     whole, config = train(task(data, tmp_path/"a")), task(data, tmp_path/"k")
     steps = forked(lambda: train(task(data, tmp_path/"count")), tmp_path/"count")
     draw, died = rng_for(0, "kill"), []
@@ -205,7 +205,7 @@ def test_every_weight_file_explains_itself(done, name):
     assert found.normalizer(np.zeros((2, 2, 2), np.uint8), "ct").shape == (1, 2, 2, 2) and len(found.digest) == 16
 
 
-def test_21_checkpoints_of_the_reference(data, tmp_path, done):
+def test_B21_checkpoints_of_the_reference(data, tmp_path, done):
     cfg = ZarrConfig.load(task(data, tmp_path))
     own = load_model(done, "cpu")
     weights = {f"module._orig_mod.{k}": v for k, v in own.model.state_dict().items()}

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, _fsync,
                             atomic, optional, plain, read_json, remove_tree, write_json, write_text)
-from ..stores import as_format_error, downsample2
+from ..stores import as_format_error, create_array, downsample2, packers_for
 from .columns import room_in
 from .config import Target, infer_kind
 
