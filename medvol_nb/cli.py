@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -185,8 +185,11 @@ def _normal(name: str) -> str: return name.replace("_", "-") if name.startswith(
 
 _USAGE = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException") # typer's own, or that of click
 
-def build_app() -> typer.Typer: # the whole command line
-    "Assemble the commands of the table"
+def build_app(
+    words: Sequence[str] | None = None, # of the command line; groups that they do not name stay empty. None: all
+) -> typer.Typer: # the command line
+    "Assemble the commands of the table; reading the source of each takes a while, so only those that are asked for"
+    asked = None if words is None else next((w for w in words if not w.startswith("-")), "")
     settings = {"token_normalize_func": _normal, "help_option_names": ["-h", "--help"], "max_content_width": 100}
     app = typer.Typer(name="medvol", help="From raw 3D biomedical volumes to trained models.", no_args_is_help=True,
                       add_completion=False, context_settings=settings, rich_markup_mode=None,
@@ -197,7 +200,9 @@ def build_app() -> typer.Typer: # the whole command line
         if group and group not in groups:
             groups[group] = typer.Typer(help=GROUPS.get(group), no_args_is_help=True, context_settings=settings,
                                         rich_markup_mode=None)
+            groups[group].callback()(lambda: None)
             app.add_typer(groups[group], name=group)
+        if group and asked not in (None, group): continue
         (groups[group] if group else app).command(verb, context_settings=settings)(command(target))
     return app
 
@@ -212,7 +217,7 @@ def main(
             from medvol_nb import __version__
             typer.echo(f"medvol_nb {__version__}")
             return 0
-        code = build_app()(words, standalone_mode=False)
+        code = build_app(words)(words, standalone_mode=False)
         if code == 130: raise KeyboardInterrupt # how typer hands on Ctrl-C
         return code if isinstance(code, int) else 0
     except _USAGE as e:

@@ -391,7 +391,7 @@ def network_summary(
     rows = [{"part": r.part, "output": str(r.shape), "parameters": r.parameters, "GFLOP": round(r.gflop, 2),
              "MB": round(r.megabytes, 1)} for r in level_costs(model, tr.patch_size, tr.batch_size)]
     precision = precision_for(tr.precision, device_for(tr.device))
-    need = estimate_memory(model, tr.patch_size, tr.batch_size, precision)
+    need = estimate_memory(cfg, precision, in_channels=in_channels)
     return {"preset": cfg.plan.preset, "parameters": sum(r["parameters"] for r in rows),
             "GFLOP": round(sum(r["GFLOP"] for r in rows), 1), "training_GB": round(need/1e9, 2), "levels": rows}
 
@@ -451,7 +451,9 @@ first, last = (np.mean([float(r["loss"]) for r in rows]) for rows in (log_rows[:
 assert last < first and done["steps"] == 40 == len(log_rows) and done["finished"]
 assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == [
     "best.safetensors", "checkpoints", "config.json", "debug", "fit.json", "log.csv", "model.safetensors", "split.json"]
-assert ZarrConfig.load(run/"config.json").to_dict() == ZarrConfig.load(root/"task.json").to_dict()
+kept, given = (ZarrConfig.load(p) for p in (run/"config.json", root/"task.json"))
+assert kept.tr_params.initial_lr == given.tr_params.initial_lr and kept.targets == given.targets
+assert [Path(v.input).resolve() for v in kept.volumes] == [Path(v.input).resolve() for v in given.volumes]
 
 # %% [markdown]
 # What such a network costs, before it is trained:

@@ -272,11 +272,11 @@ def test_volumes_that_do_not_fit_are_refused_together(task):
         open_entries(task(bad))
     for words in (
         "6 problems",
-        r"volume_paths.0.sheet: shape \(32, 96, 90\), but the input has \(32, 96, 96\)",
-        "volume_paths.1.sheet: .*can be the 1 channels",
-        "volume_paths.2.input: 8 x 96 x 96 is smaller than the patch 16 x 32 x 32",
-        "volume_paths.3.input: .*none.zarr does not exist",
-        "volume_paths.4.mask: shape",
+        r"volume_paths.0.sheet \(line 1\): shape \(32, 96, 90\), but the input has \(32, 96, 96\)",
+        r"volume_paths.1.sheet \(line 1\): .*can be the 1 channels",
+        r"volume_paths.2.input \(line 1\): 8 x 96 x 96 is smaller than the patch 16 x 32 x 32",
+        r"volume_paths.3.input \(line 1\): .*none.zarr does not exist",
+        r"volume_paths.4.mask \(line 1\): shape",
         "volume_paths.4.bbox",
     ):
         assert __import__("re").search(words, str(e.value)), (words, str(e.value))

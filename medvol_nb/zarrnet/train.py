@@ -334,7 +334,7 @@ def network_summary(
     rows = [{"part": r.part, "output": str(r.shape), "parameters": r.parameters, "GFLOP": round(r.gflop, 2),
              "MB": round(r.megabytes, 1)} for r in level_costs(model, tr.patch_size, tr.batch_size)]
     precision = precision_for(tr.precision, device_for(tr.device))
-    need = estimate_memory(model, tr.patch_size, tr.batch_size, precision)
+    need = estimate_memory(cfg, precision, in_channels=in_channels)
     return {"preset": cfg.plan.preset, "parameters": sum(r["parameters"] for r in rows),
             "GFLOP": round(sum(r["GFLOP"] for r in rows), 1), "training_GB": round(need/1e9, 2), "levels": rows}
 

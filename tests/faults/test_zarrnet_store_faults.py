@@ -126,7 +126,8 @@ def test_row_41_stale_or_damaged_patch_cache(instances, tmp_path, monkeypatch):
     with instances.refuses("no label at all", MedvolError, "a: candidates 245, without label 245", "ref_label"):
         patch_list(task())
     store(d / "b_sheet.zarr", roll.mask[:, :60])
-    with instances.refuses("labels of another shape", MedvolError, r"volume_paths.1.sheet: shape \(24, 60, 64\)"):
+    words = r"volume_paths.1.sheet \(line 1\): shape \(24, 60, 64\)"
+    with instances.refuses("labels of another shape", MedvolError, words):
         patch_list(task())
     instances.check(14)
 
