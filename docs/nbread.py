@@ -13,6 +13,7 @@ from medvol_nb.core import ConfigError
 from medvol_nb.signatures import docstring_lines, function_doc, rst_text
 
 DIRECTIVE = re.compile(r"#\s*\|\s*(\S+)\s*(.*)")
+PAGE_LINK = re.compile(r"(\]\(\d\w*)\.ipynb(?=[#)])")  # what a notebook says; the manual is made of the .py files
 SKIPPED = {"slow", "gpu", "net"}  # tst_flags of settings.ini: shown, not run
 DEFINITIONS = {ast.FunctionDef: "autofunction", ast.AsyncFunctionDef: "autofunction", ast.ClassDef: "autoclass"}
 
@@ -42,6 +43,7 @@ def read(text: str) -> NotebookNode:
     nb, cells, module = jupytext.reads(text, "py:percent"), [], ""
     for cell in nb.cells:
         if cell.cell_type != "code":
+            cell.source = PAGE_LINK.sub(r"\1.py", cell.source)
             cells.append(cell)
             continue
         directives, cell.source = split(cell.source)
