@@ -20,7 +20,7 @@ from .analyze import analyze
 from .core import (ConfigError, DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
 from .datalists import read_datalist, write_datalist
-from .demo_steps import sound_cases, supervoxel_step, unet_step
+from .demo_steps import sound_cases, supervoxel_step, synth_step, unet_step
 from .labels import LabelSpace, build_label_space
 from .parallel import pmap
 from .recipes import detect_recipe, load_recipe, make_datalists, scan
@@ -168,7 +168,7 @@ def demo_job(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes
     limit: int | None = None, # use only so many cases
-    train_steps: int = 120, # length of each training
+    train_steps: int = 120, # length of the trainings
     skip: Sequence[str] = (), # names of steps to leave out
 ) -> Job: # its steps, not run yet
     "The steps of the demo"
@@ -189,6 +189,7 @@ def demo_job(
     count = lambda f, job: _statistics(f, job, root, workers)
     listed = lambda job: job.folder("datalist")/"datalist.json"
     cut = lambda f, job: supervoxel_step(f, listed(job), root)
+    render = lambda f, job: synth_step(f, listed(job), root, 2*train_steps, seed)
     learn = lambda f, job: unet_step(f, listed(job), root, train_steps, seed)
     steps += [
         Step("datalist", "Pairs and folds", deal, needs, [source, name, seed, limit]),
@@ -196,6 +197,7 @@ def demo_job(
         Step("labels", "One label space", _labels, ("datalist",)),
         Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
         Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
+        Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
     if unknown := sorted(set(skip) - {s.name for s in steps}):
@@ -214,7 +216,7 @@ def demo(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes; 0: this one, -1: one per processor
     limit: int | None = None, # use only so many cases
-    train_steps: int = 120, # length of each training
+    train_steps: int = 120, # length of the trainings
     skip: Sequence[str] = (), # steps to leave out, such as 'unet'
     on_exists: OnExists = "skip", # "skip": go on where an earlier run stopped, "overwrite": start anew, "error": refuse
     dry_run: bool = False, # only list the steps

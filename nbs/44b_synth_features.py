@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from medvol_nb.checkpoints import Precision, autocast_for, device_for, precision_for
-from medvol_nb.core import ConfigError, DataError, OnExists, check_output, rng_for
+from medvol_nb.core import ConfigError, DataError, OnExists, check_output, fingerprint, rng_for
 from medvol_nb.geometry import Volume, to_axes
 from medvol_nb.grid import Grid, sweep
 from medvol_nb.intensity import Normalizer
@@ -32,6 +32,7 @@ from medvol_nb.parallel import pmap
 from medvol_nb.synth.contrast import (Contrast, ContrastConfig, FeatureNetwork, FlatUNet, NetworkConfig, build_network,
                                       load_network, plateau)
 from medvol_nb.synth.labels import EnsembleConfig, draw_plan, render_labels
+from medvol_nb.synth.pairfile import array_digest
 from medvol_nb.synth.pretrain import (NO_AUGMENTATION, PretrainConfig, PretrainFit, Validation, pretrain_network,
                                       scale_view)
 from medvol_nb.synth.templates import TemplateBank, procedural_bank
@@ -316,23 +317,20 @@ def compare_probes(
 
 def short_pretraining(
     out_dir: str | os.PathLike, # run folder; created
+    pairs: Sequence[Mapping[str, np.ndarray]], # from `render_pairs` or a store; the last 8 are held out
     *,
     steps: int = 480, # optimiser steps
-    n_pairs: int = 48, # rendered pairs, 8 of which are held out
-    seed: int = 0, # of everything
-    bank: TemplateBank | None = None, # shapes; None: procedural ones
-    side: int = 128, # of the rendered volumes [voxel]
-    thin: int = 4, # every so many voxels are kept
+    seed: int = 0, # of weights, order, points and probes
     on_exists: OnExists = "skip", # 'skip': go on where the run stopped
 ) -> dict[str, Any]: # loss, plateau, retrieval and probes, before and after
-    "Pretrain a tiny network on pairs rendered on the spot, and say what it learned"
-    if n_pairs < 10: raise ConfigError(f"n_pairs: at least 10 are needed, 8 are held out, got {n_pairs}")
-    pairs, cfg = render_pairs(n_pairs, seed, side=side, thin=thin, bank=bank), short_settings(steps, seed)
+    "Pretrain a tiny network on a few small pairs, and say what it learned"
+    pairs, cfg = [pairs[i] for i in range(len(pairs))], short_settings(steps, seed)
+    if len(pairs) < 10: raise DataError(f"pairs: at least 10 are needed, 8 are held out, got {len(pairs)}")
     fresh = Contrast(build_network(cfg.network, seed), cfg.contrast, seed).eval()
     check = Validation(pairs[-8:], range(8), cfg.contrast, seed)
     with torch.no_grad(): before = check(fresh, FitState(fresh, Path(out_dir)))
     done = pretrain_network(pairs[:-8], pairs[-8:], cfg, out_dir=out_dir, on_exists=on_exists,
-                            data={"seed": seed, "n": n_pairs, "side": side, "thin": thin})
+                            data=fingerprint([[array_digest(p[k]) for k in ("img", "seg")] for p in pairs]))
     losses = [float(r["loss"]) for r in done.log]
     after = {k: float(v) for k, v in done.log[-1].items() if k.startswith("val_") and v}
     trained = load_network(done.weights, "cpu").net
@@ -361,14 +359,14 @@ def short_pretraining(
 
 # %%
 with tmpdir() as folder:
-    told = short_pretraining(folder/"run", steps=30, n_pairs=12, side=64, thin=4)
+    told = short_pretraining(folder/"run", render_pairs(12, side=64), steps=30)
     trained = load_network(folder/"run", "cpu")
 {k: v if isinstance(v, dict) else round(v, 3) for k, v in told.items()}
 
 # %%
 assert told["steps"] == 30 and set(told["probes"]) == {"grey", "untrained", "trained"}
 assert all(0 <= s["other_view"] <= 1 for s in told["probes"].values())
-with raises(ConfigError, match="at least 10 are needed"): short_pretraining("nowhere", n_pairs=9)
+with raises(DataError, match="at least 10 are needed"): short_pretraining("nowhere", render_pairs(1, side=16)*9)
 
 # %% [markdown]
 # Both views of a pair that was not trained with, and their features in common colours.

@@ -71,6 +71,12 @@ class Encoding:
     dtype: str # of the stored array
     low: float = 0.0 # value stored as 0, for integers
     high: float = 1.0 # value stored as the largest integer
+    axial: bool = False # normals without a sign: averaged as `axis_tensors`
+
+    @property
+    def averaged(self) -> int: # numbers a voxel
+        "Channels of what is averaged over patches"
+        return 6 if self.axial else self.channels
 
     @property
     def lead(self) -> tuple[int, ...]: # () or (channels,)
@@ -125,7 +131,8 @@ class Encoding:
         "What a reader has to know: value = stored*scale + offset, and 0 is background"
         return {"target": self.target, "kind": self.kind, "activation": self.activation, "background": 0,
                 "scale": self.scale, "offset": self.low if self.is_scaled else 0.0,
-                **({"vector": ["x", "y", "z"]} if self.kind == "normals" else {})}
+                **({"vector": ["x", "y", "z"]} if self.kind == "normals" else {}),
+                **({"signed": False} if self.axial else {})}
 
 # %%
 #| export
@@ -150,7 +157,7 @@ def encoding_for(
         return Encoding(name, "labels", target.channels, activation, "uint8")
     if kind == "normals":
         if target.channels != 3: raise ConfigError(f"{where}: normals have 3 channels, got {target.channels}")
-        return Encoding(name, "normals", 3, "none", dtype, -1.0, 1.0)
+        return Encoding(name, "normals", 3, "none", dtype, -1.0, 1.0, not target.signed)
     if activation != "none": return Encoding(name, "probability", target.channels, activation, dtype)
     low, high = target.output_range or (0.0, 1.0)
     if np.dtype(dtype).kind == "u" and (target.output_range is None or not low < high):
@@ -185,6 +192,56 @@ assert steps["uint16 normals [deg]"] <= 0.002 and steps["uint8 normals [deg]"] <
 gap = np.full((3, 2), np.nan, np.float32)
 assert not normals.encode(gap).any() and not depth.encode(gap[:1]).any() and not normals.encode(gap*0 + 1e-9).any()
 assert normals.encode(-np.eye(3, dtype=np.float32)).any(axis=0).all()
+
+# %% [markdown]
+# ## Lines have no sign
+# The mean of predictions from several patches is the mean of their vectors, where these have a direction. The
+# orientation of a fibre has none ($v$ and $-v$ are the same line, `signed: false`): two patches that agree about the
+# line but not about the sign would cancel. What can be averaged is the tensor $vv^\top$, the same for both; the
+# line of a mean of tensors is its principal axis. It is found by squaring: $M^{64}$ is a multiple of $ww^\top$ to any
+# accuracy that matters, and its column with the largest diagonal element is the axis, with a sign that depends on
+# nothing else.
+
+# %%
+#| export
+def axis_tensors(
+    vectors: Any, # array or tensor (3, ...)
+) -> Any: # (6, ...) xx, yy, zz, xy, xz, yz
+    "Products of components, which do not tell a vector from its opposite"
+    return vectors[[0, 1, 2, 0, 0, 1]]*vectors[[0, 1, 2, 1, 2, 2]]
+
+def principal_axes(
+    tensors: np.ndarray, # (6, ...) float32, means of `axis_tensors`, NaN where nothing is known
+    squarings: int = 6, # 2**squarings is the power that is taken
+) -> np.ndarray: # (3, ...) float32 of length 1, largest component positive; 0 where there is no axis
+    "Line that a mean of lines has"
+    m = [np.asarray(t, np.float32) for t in tensors]
+    for _ in range(squarings + 1):
+        trace = m[0] + m[1] + m[2]
+        with np.errstate(invalid="ignore"): known = trace >= _NO_LENGTH**2
+        a, b, c, d, e, f = (np.divide(t, trace, out=np.zeros_like(t), where=known) for t in m)
+        m = [a*a + d*d + e*e, d*d + b*b + f*f, e*e + f*f + c*c, a*d + d*b + e*f, a*e + d*f + e*c, d*e + b*f + f*c]
+    columns = np.stack([[m[0], m[3], m[4]], [m[3], m[1], m[5]], [m[4], m[5], m[2]]]) # (column, component, ...)
+    largest = np.argmax(np.stack(m[:3]), axis=0)
+    return unit_vectors(np.take_along_axis(columns, largest[None, None], axis=0)[0])
+
+# %% [markdown]
+# Two hundred lines in a cone of 30 degrees, every second one turned round. Their mean vector points nowhere; the
+# axis of their mean tensor points along the cone.
+
+# %%
+spread = unit_vectors((np.array([[0.2], [0.5], [0.8]]) + 0.3*np.random.default_rng(0).normal(size=(3, 200))
+                       ).astype(np.float32))
+turned = spread*np.where(np.arange(200) % 2, -1, 1).astype(np.float32)
+axis = principal_axes(axis_tensors(turned).mean(axis=1)[:, None])[:, 0]
+exact = np.linalg.eigh(np.cov(np.concatenate([spread, -spread], axis=1)))[1][:, -1]
+np.linalg.norm(turned.mean(axis=1)), axis, np.abs(axis @ exact)
+
+# %%
+assert np.abs(axis @ exact) > 1 - 1e-5 and axis.max() == np.abs(axis).max()
+assert not any(principal_axes(np.full((6, 1), value, np.float32)).any() for value in (0, np.nan))
+assert np.array_equal(principal_axes(axis_tensors(spread)), principal_axes(axis_tensors(-spread)))
+assert np.abs(np.einsum("cn,cn->n", principal_axes(axis_tensors(spread)), spread)).min() > 1 - 1e-5
 
 # %%
 with raises(ConfigError, match=r"target 'sheet': uint8 needs output_range \[lo, hi\]"):
@@ -441,6 +498,8 @@ def halve(
     encoding: Encoding, # what they mean
 ) -> np.ndarray: # (*lead, z, y, x) same dtype; odd sizes round up
     "Next level of a pyramid"
+    if encoding.axial:
+        return encoding.encode(principal_axes(downsample2(axis_tensors(encoding.decode(stored)))))
     if encoding.kind == "normals": return encoding.encode(downsample2(encoding.decode(stored)))
     if encoding.kind != "labels": return downsample2(stored)
     pad = np.pad(stored, [(0, n % 2) for n in stored.shape], mode="edge")

@@ -28,7 +28,7 @@ from medvol_nb.analyze import analyze
 from medvol_nb.core import (ConfigError, DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
 from medvol_nb.datalists import read_datalist, write_datalist
-from medvol_nb.demo_steps import sound_cases, supervoxel_step, unet_step
+from medvol_nb.demo_steps import sound_cases, supervoxel_step, synth_step, unet_step
 from medvol_nb.labels import LabelSpace, build_label_space
 from medvol_nb.parallel import pmap
 from medvol_nb.recipes import detect_recipe, load_recipe, make_datalists, scan
@@ -210,7 +210,7 @@ def demo_job(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes
     limit: int | None = None, # use only so many cases
-    train_steps: int = 120, # length of each training
+    train_steps: int = 120, # length of the trainings
     skip: Sequence[str] = (), # names of steps to leave out
 ) -> Job: # its steps, not run yet
     "The steps of the demo"
@@ -231,6 +231,7 @@ def demo_job(
     count = lambda f, job: _statistics(f, job, root, workers)
     listed = lambda job: job.folder("datalist")/"datalist.json"
     cut = lambda f, job: supervoxel_step(f, listed(job), root)
+    render = lambda f, job: synth_step(f, listed(job), root, 2*train_steps, seed)
     learn = lambda f, job: unet_step(f, listed(job), root, train_steps, seed)
     steps += [
         Step("datalist", "Pairs and folds", deal, needs, [source, name, seed, limit]),
@@ -238,6 +239,7 @@ def demo_job(
         Step("labels", "One label space", _labels, ("datalist",)),
         Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
         Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
+        Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
     if unknown := sorted(set(skip) - {s.name for s in steps}):
@@ -256,7 +258,7 @@ def demo(
     seed: int = 0, # names all random choices
     workers: int = 0, # processes; 0: this one, -1: one per processor
     limit: int | None = None, # use only so many cases
-    train_steps: int = 120, # length of each training
+    train_steps: int = 120, # length of the trainings
     skip: Sequence[str] = (), # steps to leave out, such as 'unet'
     on_exists: OnExists = "skip", # "skip": go on where an earlier run stopped, "overwrite": start anew, "error": refuse
     dry_run: bool = False, # only list the steps
@@ -271,9 +273,9 @@ def demo(
 
 # %%
 with tmpdir() as d:
-    done = demo(d/"out", cases=3, train_steps=4)
+    done = demo(d/"out", cases=3, train_steps=4, skip=("synth",)) # shown on page 86a
     picture = Image((d/"out"/"05_statistics"/"case.png").read_bytes())
-    again = demo(d/"out", cases=3, train_steps=4)["ran"]
+    again = demo(d/"out", cases=3, train_steps=4, skip=("synth",))["ran"]
     files = sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file())
 picture
 

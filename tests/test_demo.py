@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import pytest
 from medvol_nb import phantoms
 from medvol_nb.core import DataError, MedvolError, MissingFile, OutputExists, write_json
 from medvol_nb.demo import demo as full_demo
+from medvol_nb.demo_steps import synth_step
 from medvol_nb.volume import Volume, affine_from, read_volume, reorient, write_volume
 from tests.faults.injectors import forked
 
 CASES = 2
-SLOW = ("supervoxels", "unet") # steps that every run but one leaves out
+SLOW = ("supervoxels", "synth", "unet") # steps that every run but one leaves out
 LESS = [w for s in SLOW for w in ("--skip", s)]
 SHORT = 2 # training steps of that one: the way is tested here, not how far it leads
 
@@ -110,8 +112,9 @@ def test_workers_change_no_byte(tmp_path, straight, workers):
     assert told(tmp_path/"out") == told(straight)
 
 
-def test_the_whole_job(tmp_path, straight):
+def test_the_whole_job(tmp_path, straight, monkeypatch):
     "All steps, twice: the same bytes, and the short ones as without the others"
+    monkeypatch.setattr("medvol_nb.demo.synth_step", partial(synth_step, n_pairs=10, side=64))
     runs = [full_demo(tmp_path/k, cases=CASES, train_steps=SHORT) for k in "ab"]
     first = told(tmp_path/"a")
     assert first == told(tmp_path/"b") and not litter(tmp_path/"a") and set(SLOW) <= set(runs[0]["ran"])

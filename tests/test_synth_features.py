@@ -226,10 +226,11 @@ def test_rendered_pairs_are_named_by_their_seed():
 
 
 def test_short_pretraining_tells_its_numbers(tmp_path):
-    found = short_pretraining(tmp_path / "run", steps=3, n_pairs=10, side=32, thin=2)
+    pairs = render_pairs(10, side=32, thin=2)
+    found = short_pretraining(tmp_path / "run", pairs, steps=3)
     assert json.loads(json.dumps(found)) == found and found["steps"] == 3
     assert set(found["probes"]) == {"grey", "untrained", "trained"}
-    again = short_pretraining(tmp_path / "run", steps=3, n_pairs=10, side=32, thin=2)
+    again = short_pretraining(tmp_path / "run", pairs, steps=3)
     assert again == found
     assert short_settings().contrast.layers == (24, 31, 38, 51)
 

@@ -402,11 +402,12 @@ def test_A14_short_pretraining_learns(seed, data_dir, tmp_path):
     Thresholds as written; 480 steps at 2e-3 instead of 240 at 1e-3, with which one of three seeds had not left the
     plateau (retrieval 0.060 against 0.059 untrained). The figures of both are on page 44b.
     """
-    from medvol_nb.synth.features import short_pretraining
+    from medvol_nb.synth.features import render_pairs, short_pretraining
     from medvol_nb.synth.templates import TemplateBank, build_bank
 
     build_bank(data_dir / "synthetic_labels/totalseg_layout", tmp_path / "bank", spacing=1.5)
-    found = short_pretraining(tmp_path / "run", seed=seed, bank=TemplateBank.open(tmp_path / "bank"))
+    pairs = render_pairs(48, seed, bank=TemplateBank.open(tmp_path / "bank"))
+    found = short_pretraining(tmp_path / "run", pairs, seed=seed)
     assert abs(found["plateau"] - plateau({"a": 64, "b": 256, "c": 256, "d": 256})) < 1e-9
     assert found["loss_last"] < found["plateau"]
     assert found["retrieval_after"] >= 1.7 * found["retrieval_before"]

@@ -380,15 +380,56 @@ def test_average_of_logits(tmp_path):
     assert np.array_equal(stored(tmp_path, "sheet")["sheet"], out["sheet"].argmax(axis=0))
 
 
+LINES = {"normals": Target(channels=3, kind="normals", signed=False)}
+
+
 def test_mirrored_test_time_augmentation_commutes_with_mirrors():
     x, net = noise((8, 12, 10)), Net()
     one = predict_array(net, x, MULTI, params(tta="mirror"))
+    lines = predict_array(net, x, {**MULTI, **LINES}, params(tta="mirror"))["normals"]
     for axes in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
+        turned = predict_array(net, np.flip(x, axes).copy(), {**MULTI, **LINES}, params(tta="mirror"))["normals"]
+        turned = np.flip(turned, [a + 1 for a in axes]).copy()
+        for a in axes: turned[2 - a] *= -1
+        assert np.abs((turned*lines).sum(0)).min() > 1 - 1e-3
         other = predict_array(net, np.flip(x, axes).copy(), MULTI, params(tta="mirror"))
         back = np.flip(other["normals"], [a + 1 for a in axes]).copy()
         for a in axes: back[2 - a] *= -1
         assert np.abs(back - one["normals"]).max() < 1e-5
         assert np.abs(np.flip(other["sheet"], [a + 1 for a in axes]) - one["sheet"]).max() < 1e-6
+
+
+class Undecided:
+    "Knows the line at every voxel; which of its two directions it names differs from patch to patch"
+    def predict(self, x):
+        n = position(x)["normals"]
+        sign = 1 - 2*((x.sum((1, 2, 3, 4))*1e3).long() % 2)
+        return {"normals": n*sign.reshape(-1, 1, 1, 1, 1)}
+
+
+def test_lines_without_a_sign_do_not_cancel_where_patches_overlap():
+    x = noise((14, 20, 18))
+    truth = position(torch.from_numpy(x)[None, None])["normals"][0].numpy()
+    def agreement(targets):
+        out = predict_array(Undecided(), x, targets, params(overlap=0.5))["normals"]
+        return np.abs((out*truth).sum(0)).min()
+    assert agreement(LINES) > 1 - 1e-4 and agreement({"normals": Target(channels=3, kind="normals")}) < 0.9
+
+
+def test_lines_are_the_same_out_of_core_and_in_the_pyramid(tmp_path, monkeypatch):
+    vol = store(tmp_path, noise((21, 40, 37)))
+    columns_of(None, (8, 16), monkeypatch)
+    report = predict_volume(Undecided(), vol, tmp_path, LINES, params(overlap=0.5))
+    assert report["columns"] > 1
+    code = encoding_for("normals", LINES["normals"])
+    assert code.averaged == 6 and code.attributes()["signed"] is False
+    reference = predict_array(Undecided(), vol[...], LINES, params(overlap=0.5))["normals"]
+    out = stored(tmp_path, "normals")["normals"]
+    found = code.decode(out)
+    assert np.abs((found*reference).sum(0)).min() > 1 - 1e-4
+    same = np.tile(np.array([0.0, 0.6, 0.8], np.float32)[:, None, None, None], (1, 4, 4, 4))
+    same[:, ::2] *= -1
+    assert np.allclose(code.decode(halve(code.encode(same), code))[:, 0, 0, 0], (0, 0.6, 0.8), atol=1e-3)
 
 
 def test_output_targets_select_and_unknown_ones_are_refused(tmp_path):

@@ -27,8 +27,8 @@ from ..grid import Box, Grid, _Slab, _slab_bytes, sweep_bytes, sweep_rows
 from .columns import Carry, Column, Writer, ahead, columns_of, piece_of, room_in
 from .config import InferenceParams, Target
 from .io import ChunkedVolume, open_volume
-from .outputs import (PROGRESS, Encoding, Format, Predictions, create_predictions, encoding_for,
-                                       finish_predictions, unit_vectors)
+from .outputs import (PROGRESS, Encoding, Format, Predictions, axis_tensors, create_predictions,
+                                       encoding_for, finish_predictions, principal_axes, unit_vectors)
 
 # %% ../../nbs/58a_zarrnet_infer.ipynb #activate
 def activate(
@@ -61,7 +61,7 @@ class Forward:
         self.model, self.encodings, self.batch, self.mirror = model, list(encodings), batch, mirror
         self.logits, self.override, self.normalizer = logits, override, normalizer
         self.device, self.precision = device_for(device), precision
-        self.channels = sum(e.channels for e in self.encodings)
+        self.channels = sum(e.averaged for e in self.encodings)
         self.patches, self.seconds = 0, 0.0
         if isinstance(model, torch.nn.Module): model.to(self.device).eval()
 
@@ -92,6 +92,13 @@ class Forward:
                  for e in self.encodings]
         return torch.tensor(sum(signs, []), device=self.device).reshape(1, -1, 1, 1, 1)
 
+    def _unsigned(self, y: torch.Tensor) -> torch.Tensor:
+        "Lines as tensors that can be averaged"
+        if not any(e.axial for e in self.encodings): return y
+        parts = y.split([e.channels for e in self.encodings], 1)
+        lift = lambda v: axis_tensors(v.transpose(0, 1)).transpose(0, 1)
+        return torch.cat([lift(v) if e.axial else v for e, v in zip(self.encodings, parts)], 1)
+
     def __call__(
         self,
         patches: np.ndarray, # (b, c, z, y, x) float32
@@ -105,6 +112,7 @@ class Forward:
             for axes in _MIRRORS if self.mirror else [()]:
                 y = self._values(x.flip(axes) if axes else x)
                 if axes: y = y.flip(axes)*self._signs(axes)
+                y = self._unsigned(y)
                 total = y if total is None else total + y
             y = (total/len(_MIRRORS) if self.mirror else total)[:n].cpu().numpy()
         if not np.isfinite(y).all(): raise DataError("model: predicted values that are not finite. Check the weights, "
@@ -199,7 +207,8 @@ class _Job:
             block = np.where(inside > self.settings.mask_threshold, block, np.nan)
         at = 0
         for e in self.encodings:
-            part, at = block[at:at + e.channels], at + e.channels
+            part, at = block[at:at + e.averaged], at + e.averaged
+            if e.axial: part = principal_axes(part)
             if self.forward.logits and e.kind != "normals":
                 part = activate(torch.from_numpy(part)[None], e.activation)[0].numpy()
             yield e, part
