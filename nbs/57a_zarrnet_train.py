@@ -433,7 +433,8 @@ task = {
                   "num_dataloader_workers": 0, "tensorboard_log_dir": None, "debug_gif_every": 2},
     "model_config": {"f_maps": [8, 16], "decoder": "shared"},
     "dataset_config": {"volume_paths": [{"input": "ct.zarr", "sheet": "sheet.zarr", "normals": "normals.zarr"}],
-                       "min_bbox_percent": 0.5, "min_labeled_ratio": 0.05, "augmentation": {"deform": {"p": 0}},
+                       "use_cache": False, "min_bbox_percent": 0.5, "min_labeled_ratio": 0.05,
+                       "augmentation": {"deform": {"p": 0}},
                        "targets": {"sheet": {"channels": 1, "activation": "sigmoid"},
                                    "normals": {"channels": 3, "weight": 0.75}}}}
 write_json(root/"task.json", task)

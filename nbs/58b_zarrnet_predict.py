@@ -156,8 +156,9 @@ task = {
     "inference_params": {"checkpoint_path": "checkpoints/Sheet", "input_path": "ct.zarr", "output_dir": "out",
                          "chunks": [16, 32, 32], "overlap": 0.5},
     "model_config": {"f_maps": [8, 16]},
-    "dataset_config": {"volume_paths": [{"input": "ct.zarr", "sheet": "sheet.zarr"}], "min_bbox_percent": 0.5,
-                       "min_labeled_ratio": 0.05, "targets": {"sheet": {"channels": 1, "activation": "sigmoid"}}}}
+    "dataset_config": {"volume_paths": [{"input": "ct.zarr", "sheet": "sheet.zarr"}], "use_cache": False,
+                       "min_bbox_percent": 0.5, "min_labeled_ratio": 0.05,
+                       "targets": {"sheet": {"channels": 1, "activation": "sigmoid"}}}}
 write_json(root/"task.json", task)
 train(root/"task.json")
 told = predict(root/"task.json")
