@@ -34,7 +34,7 @@ check: $(VENV)/.installed-test ## the package must be what the notebooks export
 	$(BIN)/python nbs/_dev.py check
 
 bench: $(VENV)/.installed-test ## ratios against references, benchmarks/RESULTS.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks core --write
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all --write
 
 doctor: $(VENV)/.installed-demo
 	$(BIN)/medvol doctor

@@ -20,6 +20,7 @@ from .analyze import analyze
 from .core import (ConfigError, DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
 from .datalists import read_datalist, write_datalist
+from .demo_embryo import embryo_step
 from .demo_steps import sound_cases, supervoxel_step, synth_step, unet_step
 from .labels import LabelSpace, build_label_space
 from .parallel import pmap
@@ -200,7 +201,10 @@ def demo_job(
         Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
-    if unknown := sorted(set(skip) - {s.name for s in steps}):
+    if data is None:
+        draw = lambda f, job: embryo_step(f, 8*train_steps//3, seed)
+        steps.append(Step("embryo", "Embryo frames", draw, (), [train_steps, seed]))
+    if unknown := sorted(set(skip) - {s.name for s in steps} - {"dataset", "embryo"}): # these two not with `data`
         raise ConfigError(f"skip: there is no step {unknown[0]!r}, there are {', '.join(s.name for s in steps)}")
     if wanted := [s for s in steps if s.name not in skip and set(s.needs) & set(skip)]:
         raise ConfigError(f"skip: step {wanted[0].name!r} needs what is left out. Leave it out, too")

@@ -317,7 +317,7 @@ def compare_probes(
 
 def short_pretraining(
     out_dir: str | os.PathLike, # run folder; created
-    pairs: Sequence[Mapping[str, np.ndarray]], # from `render_pairs` or a store; the last 8 are held out
+    pairs: Sequence[Mapping[str, np.ndarray]], # array img (2, x, y, z), seg (x, y, z); the last 8 are held out
     *,
     steps: int = 480, # optimiser steps
     seed: int = 0, # of weights, order, points and probes

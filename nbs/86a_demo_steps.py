@@ -128,7 +128,6 @@ def synth_step(
     masks, names = _shapes(datalist, root, 200)
     if not masks: return Shown("There is no labelled case to take shapes from.")
     bank = TemplateBank.of(masks, names)
-    bank.save(folder/"shapes")
     made = render_pairs(n_pairs, seed, side=side, bank=bank)
     with PairFile(folder/"pairs.hdf5", made[0]["seg"].shape, made[0]["seg"].dtype,
                   params={"seed": seed, "bank": bank.digest, "side": side}) as f:

@@ -28,6 +28,7 @@ from medvol_nb.analyze import analyze
 from medvol_nb.core import (ConfigError, DataError, MissingExtra, MissingFile, OnExists, file_digest, read_csv,
                             rng_for, write_json)
 from medvol_nb.datalists import read_datalist, write_datalist
+from medvol_nb.demo_embryo import embryo_step
 from medvol_nb.demo_steps import sound_cases, supervoxel_step, synth_step, unet_step
 from medvol_nb.labels import LabelSpace, build_label_space
 from medvol_nb.parallel import pmap
@@ -242,7 +243,10 @@ def demo_job(
         Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]
-    if unknown := sorted(set(skip) - {s.name for s in steps}):
+    if data is None:
+        draw = lambda f, job: embryo_step(f, 8*train_steps//3, seed)
+        steps.append(Step("embryo", "Embryo frames", draw, (), [train_steps, seed]))
+    if unknown := sorted(set(skip) - {s.name for s in steps} - {"dataset", "embryo"}): # these two not with `data`
         raise ConfigError(f"skip: there is no step {unknown[0]!r}, there are {', '.join(s.name for s in steps)}")
     if wanted := [s for s in steps if s.name not in skip and set(s.needs) & set(skip)]:
         raise ConfigError(f"skip: step {wanted[0].name!r} needs what is left out. Leave it out, too")
@@ -273,9 +277,9 @@ def demo(
 
 # %%
 with tmpdir() as d:
-    done = demo(d/"out", cases=3, train_steps=4, skip=("synth",)) # shown on page 86a
+    done = demo(d/"out", cases=3, train_steps=4, skip=("synth", "embryo")) # shown on pages 86a and 86b
     picture = Image((d/"out"/"05_statistics"/"case.png").read_bytes())
-    again = demo(d/"out", cases=3, train_steps=4, skip=("synth",))["ran"]
+    again = demo(d/"out", cases=3, train_steps=4, skip=("synth", "embryo"))["ran"]
     files = sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file())
 picture
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import typer
+import typer.core
 
 from medvol_nb.core import ConfigError, MedvolError, log, plain, to_json
 from medvol_nb.signatures import FunctionDoc, Param, function_doc, module_path
@@ -65,12 +66,21 @@ COMMANDS = {
     "unet summary": "medvol_nb.zarrnet.train:network_summary",
     "unet train": "medvol_nb.zarrnet.train:train",
     "unet predict": "medvol_nb.zarrnet.predict:predict",
+    "embryo extract": "medvol_nb.embryo.archives:extract",
+    "embryo split": "medvol_nb.embryo.splits:split",
+    "embryo ground-truth": "medvol_nb.embryo.dataset:ground_truth",
+    "embryo image-folder": "medvol_nb.embryo.folders:make_image_folder",
+    "embryo finetune": "medvol_nb.embryo.finetune:finetune",
+    "embryo generate": "medvol_nb.embryo.generate:generate",
+    "embryo metrics": "medvol_nb.embryo.commands:metrics",
+    "embryo classify": "medvol_nb.embryo.commands:classify",
 }
 GROUPS: dict[str, str] = {
     "datalists": "From folders of images and labels to verified lists, one label space, class statistics",
     "supervoxels": "Pieces of scans that follow the borders of what is in them, for training and annotation",
     "synth": "Label ensembles from organ shapes, paired synthetic views of them, and features learnt from both",
     "unet": "Multi-task U-Nets on chunked volumes that may be larger than memory",
+    "embryo": "Time-lapse frames of embryos: from archives to synthetic images, and whether those help",
 }
 
 # %% [markdown]
@@ -83,25 +93,27 @@ GROUPS: dict[str, str] = {
 #| export
 @lru_cache
 def _constants(module: str) -> dict[str, ast.expr]:
-    "Names that a module assigns once at top level, as source trees; follows imports from this package"
-    out: dict[str, ast.expr] = {}
+    "Names that a module assigns once at top level, as source trees"
+    body = ast.parse(module_path(module).read_text(encoding="utf-8")).body
+    return {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)
+            and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)}
+
+def _constant(module: str, name: str) -> ast.expr | None:
+    "Source tree of a name of a module; looks into the module of this package that it was imported from"
+    if (found := _constants(module).get(name)) is not None: return found
     for node in ast.parse(module_path(module).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            out[node.targets[0].id] = node.value
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            base = module.rsplit(".", node.level)[0]
-            target = f"{base}.{node.module}" if node.module else base
-            for alias in node.names:
-                found = _constants(target).get(alias.name) if target != base else None
-                if found is not None: out[alias.asname or alias.name] = found
-    return out
+        if not (isinstance(node, ast.ImportFrom) and node.level and node.module): continue # of this package
+        for alias in node.names:
+            if name == (alias.asname or alias.name):
+                return _constant(f"{module.rsplit('.', node.level)[0]}.{node.module}", alias.name)
+    return None
 
 def _type(node: ast.expr, module: str, where: str) -> Any:
     "Python type of an annotation"
     simple = {"str": str, "int": int, "float": float, "bool": bool, "Path": Path, "os.PathLike": Path, "None": None}
     text = ast.unparse(node)
     if text in simple: return simple[text]
-    if isinstance(node, ast.Name) and text in _constants(module): return _type(_constants(module)[text], module, where)
+    if isinstance(node, ast.Name) and (found := _constant(module, text)) is not None: return _type(found, module, where)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         sides = [_type(n, module, where) for n in (node.left, node.right)]
         kept = [s for s in sides if s is not None and not (s is Path and str in sides)] # a name can mean more than that
@@ -120,7 +132,7 @@ def _type(node: ast.expr, module: str, where: str) -> Any:
 def _default(p: Param, module: str, where: str) -> Any:
     "Value of a parameter's default"
     node = ast.parse(p.default, mode="eval").body
-    if isinstance(node, ast.Name) and node.id in _constants(module): node = _constants(module)[node.id]
+    if isinstance(node, ast.Name): node = _constant(module, node.id) or node
     try: return ast.literal_eval(node)
     except ValueError: raise ConfigError(f"{where}: default {p.default!r} is not a literal") from None
 
@@ -213,7 +225,8 @@ def _show(result: Any, as_json: bool, depth: int = 0) -> None:
 
 # %% [markdown]
 # ## The app
-# Option names may be written with hyphens or underscores. The exit code says what happened: 0 done, 1 failed, 2 wrong
+# Option names may be written with hyphens or underscores, and an option that can be given several times takes several
+# words, as in `--phases t6 t7 t8`. The exit code says what happened: 0 done, 1 failed, 2 wrong
 # usage, 3 finished but some cases failed, 130 interrupted.
 
 # %%
@@ -221,6 +234,23 @@ def _show(result: Any, as_json: bool, depth: int = 0) -> None:
 def _normal(name: str) -> str: return name.replace("_", "-") if name.startswith("-") or "_" in name else name
 
 _USAGE = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException") # typer's own, or that of click
+
+class _Spread(typer.core.TyperCommand):
+    "`--phases t2 t4` means `--phases t2 --phases t4`, where no word could be anything else"
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        places = [p for p in self.params if p.param_type_name == "argument"]
+        leading = next((k for k, w in enumerate(args) if w.startswith("-")), len(args))
+        if any(p.nargs < 0 for p in places) or leading < sum(p.nargs for p in places):
+            return super().parse_args(ctx, args)
+        many, out, option, is_given = {o for p in self.params for o in p.opts if p.multiple}, [], "", False
+        for w in args:
+            if w.startswith("-") and not w[1:2].isdigit():
+                option, is_given = _normal(w) if _normal(w) in many else "", False
+                out.append(w)
+            else:
+                out += [option, w] if option and is_given else [w]
+                is_given = True
+        return super().parse_args(ctx, out)
 
 def build_app(
     words: Sequence[str] | None = None, # of the command line; groups that they do not name stay empty. None: all
@@ -240,7 +270,7 @@ def build_app(
             groups[group].callback()(lambda: None)
             app.add_typer(groups[group], name=group)
         if group and asked not in (None, group): continue
-        (groups[group] if group else app).command(verb, context_settings=settings)(command(target))
+        (groups[group] if group else app).command(verb, cls=_Spread, context_settings=settings)(command(target))
     return app
 
 def main(

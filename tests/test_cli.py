@@ -203,6 +203,18 @@ def test_hyphens_underscores_and_types(medvol, words, name, value):
         assert json.loads(out)[name] == value and json.loads(out)["path"] == "my_file.nii.gz"
 
 
+@pytest.mark.parametrize("words, names, path", [
+    (["p", "--names", "a", "b", "-3", "--kind", "sharp"], ["a", "b", "-3"], "p"),
+    (["p", "--names", "a", "--names", "b", "c"], ["a", "b", "c"], "p"),
+    (["p", "--names=a", "--names", "b"], ["a", "b"], "p"),
+    (["--names", "a", "p"], ["a"], "p"), # a word that the path may be is the path
+])
+def test_an_option_of_several_values_takes_several_words(medvol, words, names, path):
+    code, out, err = medvol("echo", *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["names"] == names and json.loads(out)["path"] == path
+
+
 @pytest.mark.parametrize("words", [["--n-ensembles", "many"], ["--n-ensembles", "1.5"], ["--kind", "hard"],
                                    ["--box", "1", "2"], ["--n-ensemble"], ["b.nii.gz"]])
 def test_words_of_the_wrong_kind_are_usage_errors(medvol, words):

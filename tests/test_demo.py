@@ -21,7 +21,7 @@ from medvol_nb.volume import Volume, affine_from, read_volume, reorient, write_v
 from tests.faults.injectors import forked
 
 CASES = 2
-SLOW = ("supervoxels", "synth", "unet") # steps that every run but one leaves out
+SLOW = ("supervoxels", "synth", "unet", "embryo") # steps that every run but one leaves out
 LESS = [w for s in SLOW for w in ("--skip", s)]
 SHORT = 2 # training steps of that one: the way is tested here, not how far it leads
 

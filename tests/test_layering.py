@@ -26,6 +26,9 @@ WRITERS: dict[str, str] = {
     "synth.pairfile.PairFile._stage": "h5py writes into a copy of the touched pages in memory",
     "zarrnet.outputs.Predictions.__init__": "a chunked store whose markers say which rows of chunks are whole",
     "zarrnet.columns.Strip.__init__": "append-only scratch with a checksum for each record, made again if it is torn",
+    "embryo.archives._Writer.file": "only ever gets the temporary folder of its caller's `atomic`",
+    "embryo.folders._linked": "only ever gets names below the temporary folder of its caller's `atomic`",
+    "embryo.index.remove_f0_duplicates": "moves a folder that is about to be removed out of sight",
 }
 
 
@@ -330,6 +333,7 @@ ASKERS = [p for p in EXPORTING if p.values[0].module not in ("core", "checkpoint
 # Other generators that a page may use: module -> (call, why `rng_for` cannot serve)
 GENERATORS: dict[str, tuple[str, str]] = {
     "splits": ("np.random.RandomState", "published lists were split with NumPy's legacy generator, to be reproduced"),
+    "embryo.splits": ("random.Random", "published splits and image folders were made with it, to be reproduced"),
 }
 
 
