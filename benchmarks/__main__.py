@@ -56,11 +56,16 @@ def section(family: str, rows: list[Row], full: bool) -> str:
     return f"## {family}\n\n{date}\n{about}\n\n{table(rows, markdown=True)}\n"
 
 
-def write(family: str, text: str) -> None:
-    "Replace the section of one family in RESULTS.md"
+def write(family: str, rows: list[Row], full: bool, whole: bool) -> None:
+    "Replace the section of one family in RESULTS.md, or single rows of it"
     old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
     parts = {m[1]: m[0].rstrip() + "\n" for m in re.finditer(r"^## (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
-    parts[family] = text
+    new = section(family, rows, full)
+    if not whole and family in parts:
+        lines = {line.split(" | ")[0]: line for line in new.splitlines() if line.startswith(f"| {family}.")}
+        kept = [lines.pop(line.split(" | ")[0], line) for line in parts[family].splitlines()]
+        new = "\n".join([*kept, *lines.values()]) + "\n"
+    parts[family] = new
     write_text(RESULTS, HEAD + "".join(f"\n{parts[k]}" for k in sorted(parts)))
 
 
@@ -73,11 +78,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one list of objects")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     a = parser.parse_args()
-    if a.write and a.row: parser.error("--write needs the whole family")
     rows: list[Row] = []
     for family in families() if a.family == "all" else [a.family]:
         found = run(family, a.row, a.full)
-        if a.write: write(family, section(family, found, a.full))
+        if a.write: write(family, found, a.full, a.row is None)
         rows += found
     print(json.dumps([asdict(r) for r in rows], indent=1) if a.json else table(rows))
     return 0

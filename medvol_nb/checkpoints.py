@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['Precision', 'CHECKPOINT_VERSION', 'device_for', 'precision_for', 'autocast_for', 'torch_rng_for', 'seeded',
-           'save_checkpoint', 'load_checkpoint', 'checkpoint_path', 'latest_checkpoint', 'prune_checkpoints',
-           'WeightReport', 'load_weights', 'Converter', 'load_foreign']
+           'keep_freed_memory', 'save_checkpoint', 'load_checkpoint', 'checkpoint_path', 'latest_checkpoint',
+           'prune_checkpoints', 'WeightReport', 'load_weights', 'Converter', 'load_foreign']
 
 # %% ../nbs/08_checkpoints.ipynb #imports
 import contextlib
+import ctypes
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +91,15 @@ def seeded(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed((w[0] | w[1] << 32) & (2**63 - 1))
         yield
+
+# %% ../nbs/08_checkpoints.ipynb #keep_freed_memory
+@lru_cache(1)
+def keep_freed_memory() -> bool: # False where the allocator is not GNU's
+    "Let this process keep the memory it frees, for the next block of that size"
+    if sys.platform != "linux": return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_max = -1, -4 # malloc.h
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 # %% ../nbs/08_checkpoints.ipynb #_flatten
 def _flatten(obj: Any, name: str, table: dict[str, torch.Tensor]) -> Any:

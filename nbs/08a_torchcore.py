@@ -35,8 +35,8 @@ from pydantic import Field
 from torch import nn
 
 from medvol_nb.checkpoints import (Precision, WeightReport, autocast_for, checkpoint_path, device_for, # noqa: F401
-                                   latest_checkpoint, load_checkpoint, load_foreign, load_weights, precision_for,
-                                   prune_checkpoints, save_checkpoint, seeded, torch_rng_for)
+                                   keep_freed_memory, latest_checkpoint, load_checkpoint, load_foreign, load_weights,
+                                   precision_for, prune_checkpoints, save_checkpoint, seeded, torch_rng_for)
 from medvol_nb.config import Config, ConfigPath
 from medvol_nb.core import (ConfigError, DataError, Journal, OnExists, OutputExists, atomic, check_output, fingerprint,
                             human_time, is_quiet, lock, log, plain, progress, read_csv, remove_tree, rng_for,
@@ -405,6 +405,7 @@ def _accelerator(cfg: FitConfig) -> Any:
     device = device_for(cfg.device)
     autocast_for(device, cfg.precision) # refuses what the device cannot do
     if device.type == "cuda": torch.cuda.set_device(device)
+    if device.type == "cpu": keep_freed_memory()
     mixed = "no" if cfg.precision == "fp32" else cfg.precision
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
     if not several and accelerator.device != device: PartialState().device = device

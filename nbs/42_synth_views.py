@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from medvol_nb.checkpoints import torch_rng_for
+from medvol_nb.checkpoints import keep_freed_memory, torch_rng_for
 from medvol_nb.config import Config, check_config
 from medvol_nb.core import DataError, fingerprint, rng_for
 
@@ -215,15 +215,10 @@ with raises(ConfigError, match="spike: must lie in"): ViewPlan.from_json({**plai
 # becomes 0, where the reference computes 0/0.
 #
 # Operations like these make and drop volumes all the time. If the allocator hands each back to the system, getting it
-# again costs more than the arithmetic; one large block, never touched, teaches it to keep them.
+# again costs more than the arithmetic, so it is told to keep them (`keep_freed_memory`, page 08).
 
 # %%
 #| export
-@lru_cache(1)
-def _keep_freed_memory() -> None:
-    "The GNU allocator gives large blocks back to the system until it has seen one of nearly 32 MiB freed"
-    torch.empty(31*2**20, dtype=torch.uint8)
-
 def _column(values: Sequence[float], x: torch.Tensor) -> torch.Tensor:
     "One number an item, as (b, 1, 1, 1)"
     return torch.tensor(values, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1)
@@ -699,7 +694,7 @@ def render_views(
     def one(i: int) -> None:
         k = slice(i, i + 1)
         out[k] = _render(lbl[k], plans[k], None if noise is None else noise[k])
-    _keep_freed_memory()
+    keep_freed_memory()
     _each_alone(one, len(plans))
     return out
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from ..checkpoints import torch_rng_for
+from ..checkpoints import keep_freed_memory, torch_rng_for
 from ..config import Config, check_config
 from ..core import DataError, fingerprint, rng_for
 
@@ -156,12 +156,7 @@ def draw_view_plan(
     return ViewPlan(seed=int(seed), index=index, view=view, mean=tuple(mean.tolist()), sd=tuple(sd.tolist()),
                     zero=on["zero"], texture_scales=c.texture_scales, **{k: v for k, v in plan.items() if k not in off})
 
-# %% ../../nbs/42_synth_views.ipynb #_keep_freed_memory
-@lru_cache(1)
-def _keep_freed_memory() -> None:
-    "The GNU allocator gives large blocks back to the system until it has seen one of nearly 32 MiB freed"
-    torch.empty(31*2**20, dtype=torch.uint8)
-
+# %% ../../nbs/42_synth_views.ipynb #_column
 def _column(values: Sequence[float], x: torch.Tensor) -> torch.Tensor:
     "One number an item, as (b, 1, 1, 1)"
     return torch.tensor(values, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1)
@@ -487,7 +482,7 @@ def render_views(
     def one(i: int) -> None:
         k = slice(i, i + 1)
         out[k] = _render(lbl[k], plans[k], None if noise is None else noise[k])
-    _keep_freed_memory()
+    keep_freed_memory()
     _each_alone(one, len(plans))
     return out
 
