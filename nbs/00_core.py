@@ -30,7 +30,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -839,6 +840,16 @@ def optional(
             raise MissingExtra(f"{name} needs the `{extra}` extra: pip install 'medvol_nb[{extra}]'") from None
         raise MissingExtra(f"package {name} is installed but does not import: {e}. Run `medvol doctor`, or install the "
                            f"tested versions again: pip install 'medvol_nb[{extra}]'") from e
+
+@lru_cache
+def compiled(
+    f: Callable, # plain Python loop over arrays
+    error_model: str = "python", # or "numpy": a division by zero gives inf, and no test for it
+) -> Callable: # the same, compiled at its first call and kept for later processes
+    "Compile a function with numba (extra `fast`)"
+    numba, how = optional("numba", "fast"), {"nogil": True, "error_model": error_model}
+    try: return numba.njit(f, cache=True, **how)
+    except RuntimeError: return numba.njit(f, **how) # no place for a cache
 
 # %%
 list(progress(range(4), desc="demo"))

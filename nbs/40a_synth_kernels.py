@@ -16,14 +16,13 @@
 # %%
 #| export
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import ConfigError, DataError, MissingExtra, optional
+from medvol_nb.core import ConfigError, DataError, MissingExtra, compiled, optional
 from medvol_nb.synth.templates import TemplateBank
 
 if TYPE_CHECKING: import torch
@@ -52,15 +51,6 @@ def choose_backend(
     try: optional("numba", "fast")
     except MissingExtra: return "torch"
     return "numba" if on_cpu else "torch"
-
-@lru_cache
-def compiled(
-    f: Callable, # plain Python loop over arrays
-) -> Callable: # the same, compiled at its first call and kept for later processes
-    "Compile a function with numba (extra `fast`)"
-    numba = optional("numba", "fast")
-    try: return numba.njit(f, cache=True, nogil=True)
-    except RuntimeError: return numba.njit(f, nogil=True) # no place for a cache
 
 # %%
 choose_backend(), choose_backend(device="cuda")

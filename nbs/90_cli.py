@@ -66,6 +66,12 @@ COMMANDS = {
     "unet summary": "medvol_nb.zarrnet.train:network_summary",
     "unet train": "medvol_nb.zarrnet.train:train",
     "unet predict": "medvol_nb.zarrnet.predict:predict",
+    "embedding prepare": "medvol_nb.embed.prepare:prepare",
+    "embedding train": "medvol_nb.embed.train:train",
+    "embedding embed": "medvol_nb.embed.store:embed",
+    "embedding match": "medvol_nb.embed.points:match",
+    "embedding register": "medvol_nb.embed.register:register",
+    "embedding evaluate": "medvol_nb.embed.evaluate:evaluate",
     "embryo extract": "medvol_nb.embryo.archives:extract",
     "embryo split": "medvol_nb.embryo.splits:split",
     "embryo ground-truth": "medvol_nb.embryo.dataset:ground_truth",
@@ -80,6 +86,7 @@ GROUPS: dict[str, str] = {
     "supervoxels": "Pieces of scans that follow the borders of what is in them, for training and annotation",
     "synth": "Label ensembles from organ shapes, paired synthetic views of them, and features learnt from both",
     "unet": "Multi-task U-Nets on chunked volumes that may be larger than memory",
+    "embedding": "Anatomical embeddings: find a point of one scan in another, register, track",
     "embryo": "Time-lapse frames of embryos: from archives to synthetic images, and whether those help",
 }
 
