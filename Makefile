@@ -40,7 +40,7 @@ doctor: $(VENV)/.installed-demo
 	$(BIN)/medvol doctor
 
 clean: ## what the commands above made, except the environment
-	rm -rf nbs/*.ipynb docs/_build docs/nbs medvol_demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf nbs/*.ipynb docs/_build docs/nbs docs/reference medvol_demo .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

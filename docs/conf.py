@@ -11,6 +11,8 @@ docs = Path(__file__).resolve().parent
 root = docs.parent
 sys.path[:0] = [str(docs), str(root)]
 
+import reference  # noqa: E402, beside this file
+
 # Kernels inherit this environment: this checkout's package, one thread each, no progress bars
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 os.environ["IN_TEST"] = "1"
@@ -61,10 +63,11 @@ def drop_stale_outputs() -> None:
 
 
 copy_pages()
+reference.write(docs, root)
 drop_stale_outputs()
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "nbread"]
-include_patterns = ["*.md", "nbs/*.py"]  # without this Sphinx would read conf.py as a notebook
+include_patterns = ["*.md", "nbs/*.py", "reference/*.rst"]  # without this Sphinx would read conf.py as a notebook
 exclude_patterns = ["_build"]
 
 nb_custom_formats = {".py": "nbread.read"}

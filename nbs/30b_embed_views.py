@@ -32,6 +32,7 @@ from scipy.spatial.transform import Rotation
 from medvol_nb.core import DataError
 from medvol_nb.embed.data import Contrast, contrast_of, limits_of, net_volume, rescale
 from medvol_nb.geometry import Volume, resample_to, same_grid
+from medvol_nb.stores import as_format_error
 from medvol_nb.volume import read_volume
 
 # %%
@@ -63,6 +64,14 @@ class Source:
     regions: Any = None # (z, y, x) on the same grid, labels: organs, or regions of the contrast; None: none
     name: str = "scan" # for messages
 
+    def read(
+        self,
+        array: Any, # data, mask or regions
+        part: Any = ..., # slices
+    ) -> np.ndarray: # (z, y, x)
+        "Part of an array; damage is an error with the name of the scan"
+        with as_format_error(self.name): return np.asarray(array[part])
+
     @property
     def shape(self) -> tuple[int, ...]: return tuple(int(n) for n in self.data.shape) # (z, y, x) [voxel]
     @property
@@ -71,7 +80,10 @@ class Source:
     def _sparse(self) -> tuple[np.ndarray, np.ndarray]: # every k-th voxel, about 4 mm apart, and k
         steps = np.maximum(1, (4/self.spacing).astype(int))
         picks = tuple(slice(None, None, int(k)) for k in steps)
-        return np.ascontiguousarray(np.asarray(self.data[...])[picks]), steps
+        whole = self.read(self.data)
+        if whole.dtype.kind == "f" and not np.isfinite(whole).all():
+            raise DataError(f"{self.name}: {np.count_nonzero(~np.isfinite(whole))} voxels are NaN or infinite")
+        return np.ascontiguousarray(whole[picks]), steps
     @cached_property
     def limits(self) -> tuple[float, float]: return limits_of(self._sparse[0], self.contrast) # of the brightness
     @cached_property
@@ -85,7 +97,7 @@ class Source:
         return np.maximum(low, 0), np.minimum(high, self.shape)
     @cached_property
     def inside(self) -> np.ndarray: # (n, 3) indices of mask voxels, about 4 mm apart
-        steps, mask = self._sparse[1], np.asarray(self.mask[...])
+        steps, mask = self._sparse[1], self.read(self.mask)
         found = np.argwhere(mask[tuple(slice(None, None, int(k)) for k in steps)])*steps
         return found if len(found) else np.argwhere(mask) # small things can lie between
 
@@ -98,7 +110,9 @@ def open_source(
     name: str | None = None, # for messages; default: the path
 ) -> Source: # its voxels are on disk if the file is a zarr store in (z, y, x) LPS order, else in memory
     "Open a scan for cutting views"
-    def opened(x: Any) -> Volume: return net_volume(x if isinstance(x, Volume) else read_volume(x, lazy=True))
+    def opened(x: Any) -> Volume:
+        with as_format_error(name or str(x)):
+            return net_volume(x if isinstance(x, Volume) else read_volume(x, lazy=True))
     vol = opened(scan)
     name = name or str(vol.meta.get("path", "scan"))
     if min(vol.shape) < 1: raise DataError(f"{name}: has no voxels, shape {vol.shape}")
@@ -110,7 +124,7 @@ def open_source(
         others.append(None if other is None else other.data)
     if contrast == "auto":
         steps = tuple(slice(None, None, max(1, n//64)) for n in vol.shape)
-        contrast = contrast_of(Volume(np.asarray(vol.data[steps]), vol.affine, "zyx"))
+        with as_format_error(name): contrast = contrast_of(Volume(np.asarray(vol.data[steps]), vol.affine, "zyx"))
     return Source(vol.data, vol.affine, contrast, *others, name)
 
 # %%
@@ -205,16 +219,16 @@ def sample_view(
     low = np.clip(np.floor(ends.min(axis=0)).astype(int) - margin, 0, size - 1)
     high = np.clip(np.ceil(ends.max(axis=0)).astype(int) + margin + 1, low + 1, size)
     part = tuple(slice(int(a), int(b)) for a, b in zip(low, high))
-    img = rescale(np.asarray(source.data[part]), source.limits)
+    img = rescale(source.read(source.data, part), source.limits)
     if sigma.max() > 0.15: img = ndimage.gaussian_filter(img, sigma, mode="nearest", truncate=3)
     turned = np.abs(step - np.diag(np.diag(step))).max() > 1e-9*np.abs(step).max()
     sampled, valid = (_turned if turned else _straight)(step, start - low, shape, -0.5 - low, size - low - 0.5)
     image = sampled(img, 1)
     image[~valid] = -50
     mask = regions = None
-    if source.mask is not None: mask = (sampled(np.asarray(source.mask[part]) > 0, 0) > 0) & valid
+    if source.mask is not None: mask = (sampled(source.read(source.mask, part) > 0, 0) > 0) & valid
     if source.regions is not None:
-        found, lbl = np.unique(np.asarray(source.regions[part]), return_inverse=True) # float32 holds positions exactly
+        found, lbl = np.unique(source.read(source.regions, part), return_inverse=True) # float32 holds positions exactly
         regions = found[sampled(lbl.reshape(high - low), 0).astype(int)]
         regions[~valid] = 0
     return View(image, np.asarray(matrix, np.float64), np.asarray(offset, np.float64), valid, mask, regions)

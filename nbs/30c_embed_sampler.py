@@ -388,6 +388,7 @@ class OrganSet(_Set):
     "Two whole volumes with organ labels, which are the masks of the cases"
     crop: tuple[int, int, int] = (120, 180, 180) # (z, y, x) largest size; an axis longer by more than 10 is cut [voxel]
     augment: Augment = AUGMENTS["blur"] # how their contrast is changed
+    contrast: Literal["auto"] | Contrast = "auto" # of all scans
 
     def make(
         self,
@@ -398,7 +399,7 @@ class OrganSet(_Set):
         out: dict[str, list] = {"volumes": [], "labels": []}
         for case in (self.cases[index], self.cases[int(rng.integers(len(self.cases)))]):
             if not case.masks: raise DataError(f"{case.name}: has no organ labels")
-            source = self._source(case, 0, "auto", mask=False, regions=case.masks)
+            source = self._source(case, 0, self.contrast, mask=False, regions=case.masks)
             most = np.array(self.crop)*self.spacing/source.spacing # in voxels of the source
             size = np.array(source.shape)
             cut = size > most + 10*self.spacing/source.spacing

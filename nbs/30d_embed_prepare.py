@@ -307,7 +307,10 @@ def pair_files(
     "Group the scans of a folder into cases"
     cases: dict[str, dict[str, Path]] = {}
     for p in list_scans(src):
-        if m := _PAIR_END.search(stem_of(p)): cases.setdefault(stem_of(p)[:m.start()], {})[m[1]] = p
+        if not (m := _PAIR_END.search(stem_of(p))): continue
+        case = cases.setdefault(stem_of(p)[:m.start()], {})
+        if m[1] in case: raise DataError(f"{src}: {case[m[1]].name} and {p.name} are the same part of one case")
+        case[m[1]] = p
     if not cases: raise DataError(f"{src}: holds no pairs; expected names such as p1_0000.nii.gz and p1_0001.nii.gz")
     return cases
 

@@ -189,6 +189,27 @@ def some(
     "Draw without replacement"
     return candidates[torch.randperm(len(candidates), generator=rng)[:count].to(candidates.device)]
 
+def largest(
+    score: torch.Tensor, # (r, p) any values
+    count: int, # so many of each row
+) -> tuple[torch.Tensor, torch.Tensor]: # (r, k) values, (r, k) integer; in no order; k = min(p, count)
+    "The largest of each row; what a sample of the row shows to be too small is not looked at twice"
+    r, p = score.shape
+    count, step = min(p, count), 17
+    sample = score[:, ::step]
+    rank = int(1.5*count/step) + 32 # so many of the sample are above the bar, and nearly certainly `count` of all
+    if score.device.type != "cpu" or 4*rank > sample.shape[1]: return score.topk(count, dim=1, sorted=False)
+    bar = sample.kthvalue(sample.shape[1] - rank + 1, dim=1).values # (r,)
+    row, at = torch.nonzero(score >= bar[:, None], as_tuple=True)
+    found = torch.bincount(row, minlength=r) # (r,)
+    if int(found.min()) < count: return score.topk(count, dim=1, sorted=False)
+    column = torch.arange(len(row)) - (found.cumsum(0) - found)[row]
+    few = score.new_full((r, int(found.max())), -math.inf)
+    few[row, column], places = score[row, at], torch.zeros(few.shape, dtype=torch.long)
+    places[row, column] = at
+    top, pick = few.topk(count, dim=1, sorted=False)
+    return top, places.gather(1, pick)
+
 def hard_then_diverse(
     score: torch.Tensor, # (r, p) similarity; -inf: may not be drawn
     hard: int, # most similar, of which are drawn
@@ -196,7 +217,7 @@ def hard_then_diverse(
     rng: torch.Generator, # CPU generator
 ) -> tuple[torch.Tensor, torch.Tensor]: # (r, k) integer, (r, k) bool: usable; k = min(p, hard, count)
     "Draw negatives from the most similar ones"
-    top, at = score.topk(min(hard, score.shape[1]), dim=1, sorted=False) # (r, hard)
+    top, at = largest(score, hard) # (r, hard)
     usable = top > -math.inf
     chance = torch.rand(top.shape, generator=rng).to(score.device).masked_fill(~usable, -1.0)
     pick = chance.topk(min(count, top.shape[1]), dim=1, sorted=False).indices # (r, k)
@@ -209,10 +230,10 @@ def contrast(
     against: torch.Tensor | None = None, # (r, p) similarity that negatives have; None: `similarity`
 ) -> torch.Tensor: # scalar
     "InfoNCE: cross-entropy with the key in front"
-    positive = similarity.gather(1, rows.key[:, None]) # (r, 1)
-    against = similarity if against is None else against
-    negative = against.gather(1, rows.negative).masked_fill(~rows.use, -math.inf) # (r, k)
-    logits = torch.cat([positive, negative], 1)/tau
+    key, use = rows.key[:, None], F.pad(rows.use, (1, 0), value=True) # (r, 1), (r, 1 + k)
+    if against is None: chosen = similarity.gather(1, torch.cat([key, rows.negative], 1)) # (r, 1 + k)
+    else: chosen = torch.cat([similarity.gather(1, key), against.gather(1, rows.negative)], 1)
+    logits = chosen.masked_fill(~use, -math.inf)/tau
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 # %%
@@ -226,6 +247,14 @@ assert set(at.flatten().tolist()) == {0, 2, 4} and usable.all() and int(ok.sum()
 alike = torch.tensor([[0.9, 0.1, 0.1]])
 pair_rows = Rows(torch.tensor([0]), torch.tensor([0]), torch.tensor([[1, 2]]), torch.tensor([[True, False]]))
 assert close(contrast(alike, pair_rows, 0.5), math.log(1 + math.exp(-1.6)), 1e-6)
+
+# %%
+many = torch.randn(4, 60000, generator=torch_rng_for(0, "many"))
+many[1, 1000:] = -math.inf # fewer than asked for are left
+many[2] = many[2].sort().values # not as a sample expects it
+for k in (1, 300, 2000):
+    (values, at), exact = largest(many, k), many.topk(k).values
+    assert torch.equal(values.sort(descending=True).values, exact) and torch.equal(many.gather(1, at), values)
 
 # %% [markdown]
 # ## The fine loss of a pair
@@ -254,38 +283,47 @@ def _keys(a: Places, b: Places, within: float) -> tuple[torch.Tensor, torch.Tens
 def _pool(a: Places, b: Places) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([a.points, b.points]), torch.cat([a.valid, b.valid]) # (p, 3), (p,)
 
+def _fine_queries(a: Places, b: Places, cfg: LossConfig, rng: torch.Generator
+                  ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    "Queries, keys, and whether the views have nothing in common"
+    n = len(a.points)
+    (qa, ka), (qb, kb) = _keys(a, b, cfg.positive_mm), _keys(b, a, cfg.positive_mm)
+    if len(qa) + len(qb):
+        pa, pb = (some(torch.arange(len(q), device=q.device), cfg.queries, rng) for q in (qa, qb))
+        return torch.cat([qa[pa], qb[pb] + n]), torch.cat([ka[pa] + n, kb[pb]]), False
+    query = some(torch.nonzero(a.valid)[:, 0], cfg.queries, rng)
+    if not len(query): raise DataError("fine loss: no voxel of the first view is inside the scan")
+    return query, query, True
+
+def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator, rows: Rows | None
+                ) -> tuple[torch.Tensor, Rows]:
+    "Similarity of the queries with the pool, with its gradient, and what is compared"
+    pool = torch.cat([v.fine.flatten(1) for v in views], 1) # (e, p)
+    if rows is not None: return pool[:, rows.query].T @ pool, rows
+    origin = middle(views)
+    a, b = (places(v, "fine", origin) for v in views)
+    points, valid = _pool(a, b)
+    query, key, apart = _fine_queries(a, b, cfg, rng)
+    similarity = pool[:, query].T @ pool # (r, p)
+    with torch.no_grad():
+        score = similarity.clone()
+        if not apart:
+            coarse = torch.cat([_to_fine(v) for v in views]) # (p, e)
+            score.addmm_(coarse[query], coarse.T)
+        near = torch.cdist(points[query], points, compute_mode="donot_use_mm_for_euclid_dist") < cfg.ignore_mm
+        if cfg.reference_quirks: score *= ~near
+        else: score.masked_fill_(near | ~valid, -math.inf).scatter_(1, key[:, None], -math.inf)
+        if apart: score[:, len(a.points):] = -math.inf
+        negatives = hard_then_diverse(score, cfg.negatives if apart else cfg.hard, cfg.negatives, rng)
+    return similarity, Rows(query, key, *negatives)
+
 def fine_rows(
     views: tuple[Maps, Maps], # of one scan
     cfg: LossConfig, # distances and numbers
     rng: torch.Generator, # CPU generator of this pair
 ) -> Rows: # numbers in the pool: voxels of the first view, then of the second
     "Choose queries, keys and negatives of the fine map"
-    origin = middle(views)
-    a, b = (places(v, "fine", origin) for v in views)
-    n = len(a.points)
-    points, valid = _pool(a, b)
-    (qa, ka), (qb, kb) = _keys(a, b, cfg.positive_mm), _keys(b, a, cfg.positive_mm)
-    apart = not len(qa) + len(qb)
-    if apart:
-        query = some(torch.nonzero(a.valid)[:, 0], cfg.queries, rng)
-        if not len(query): raise DataError("fine loss: no voxel of the first view is inside the scan")
-        key = query
-    else:
-        pa, pb = (some(torch.arange(len(q), device=q.device), cfg.queries, rng) for q in (qa, qb))
-        query, key = torch.cat([qa[pa], qb[pb] + n]), torch.cat([ka[pa] + n, kb[pb]]) # (r,)
-    with torch.no_grad():
-        fine = torch.cat([v.fine.flatten(1) for v in views], 1) # (e, p)
-        score = fine[:, query].T @ fine # (r, p)
-        if not apart:
-            coarse = torch.cat([_to_fine(v) for v in views]) # (p, e)
-            score += coarse[query] @ coarse.T
-        near = torch.cdist(points[query], points, compute_mode="donot_use_mm_for_euclid_dist") < cfg.ignore_mm
-        if cfg.reference_quirks: score = score*~near
-        else:
-            score = score.masked_fill(near | ~valid, -math.inf)
-            score.scatter_(1, key[:, None], -math.inf)
-        if apart: score[:, n:] = -math.inf
-        return Rows(query, key, *hard_then_diverse(score, cfg.negatives if apart else cfg.hard, cfg.negatives, rng))
+    with torch.no_grad(): return _fine_table(views, cfg, rng, None)[1]
 
 def fine_infonce(
     views: tuple[Maps, Maps], # of one scan
@@ -295,9 +333,8 @@ def fine_infonce(
     rows: Rows | None = None, # what is compared; None: drawn
 ) -> torch.Tensor: # scalar
     "Fine contrast of a pair of views"
-    if rows is None: rows = fine_rows(views, cfg, rng)
-    pool = torch.cat([v.fine.flatten(1) for v in views], 1) # (e, p)
-    return contrast(pool[:, rows.query].T @ pool, rows, cfg.tau)
+    similarity, rows = _fine_table(views, cfg, rng, rows)
+    return contrast(similarity, rows, cfg.tau)
 
 # %% [markdown]
 # Vectors that are a function of the place have a low loss; random ones have $\log$ of the number of candidates, a

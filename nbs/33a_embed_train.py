@@ -32,6 +32,7 @@ from medvol_nb.embed.losses_more import cross_modal_loss, prototype_loss
 from medvol_nb.embed.model import EmbedderConfig, build_model, load_start
 from medvol_nb.embed.sampler import Case, MixedBatches, OrganSet, PairSet, ViewSet, collate, read_cases
 from medvol_nb.embed.views import ViewSampler
+from medvol_nb.parallel import describe
 from medvol_nb.torchcore import FitResult, FitState, fit, to_device
 
 # %%
@@ -186,10 +187,14 @@ def make_batches(
         if kind == "views":
             v = cfg.views
             cut = ViewSampler(v.rule, tuple(v.patch), cfg.spacing, v.scale, v.degrees, v.independent)
+            known = ["ct" if s == "_0000" else "mr" for s in cfg.suffixes] or [cfg.intensity]
             sets[kind] = [ViewSet(cases, spacing=cfg.spacing, sampler=cut, augment=v.augment,
-                                  odds=cfg.suffix_odds or None) for cases in _cases(data.scans, cfg, True)]
+                                  odds=cfg.suffix_odds or None,
+                                  contrasts=known if all(len(c.images) == len(known) for c in cases) else None)
+                          for cases in _cases(data.scans, cfg, True)]
         elif kind == "organs":
-            sets[kind] = [OrganSet(cases, spacing=cfg.spacing, crop=cfg.organs_crop, augment=cfg.organs_augment)
+            sets[kind] = [OrganSet(cases, spacing=cfg.spacing, crop=cfg.organs_crop, augment=cfg.organs_augment,
+                                   contrast=cfg.intensity)
                           for cases in _cases(data.organs, cfg, False)]
         else:
             ends = cfg.suffixes or ("_0000", "_0001")
@@ -287,8 +292,7 @@ class Validation:
 # %%
 #| export
 def _about_files(cases: Sequence[Case]) -> list[list[Any]]:
-    size = lambda p: Path(p).stat().st_size if isinstance(p, (str, os.PathLike)) and Path(p).is_file() else 0
-    return [[c.name, *([Path(p).name, size(p)] for p in (*c.images, *c.masks)
+    return [[c.name, *([Path(p).name, describe(p, content=False)["bytes"]] for p in (*c.images, *c.masks, *c.regions)
                        if isinstance(p, (str, os.PathLike)))] for c in cases]
 
 def train_network(
@@ -315,11 +319,13 @@ def train_network(
                 "settings": cfg.model_dump(mode="json", exclude={"fit", "workers", "start_from"})}
     run = cfg.fit.model_copy(update={"precision": precision_for(cfg.fit.precision, device)})
     check = Validation(held_out, cfg) if held_out else None
-    if int(os.environ.get("RANK", 0)) == 0:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
+    kept: list[Path] = []
+    def keep(event: str, state: FitState) -> None: # by now `fit` holds the lock and has compared the settings
+        if state.rank == 0 and not kept:
+            settings = plain(cfg.model_dump(mode="json"))
+            kept.append(write_json(Path(out_dir)/"config.json", settings, "overwrite"))
     return fit(net, batches, lambda model, batch: batch_losses(model, batch, cfg), run, out_dir=out_dir,
-               validate=check, callbacks=callbacks, config=identity, on_exists=on_exists, stop_at=stop_at,
+               validate=check, callbacks=[keep, *callbacks], config=identity, on_exists=on_exists, stop_at=stop_at,
                desc=f"training {cfg.name}")
 
 def _folders(given: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, ...]:

@@ -359,6 +359,7 @@ def _inverse_field(f: Field, tolerance: float, most: int) -> Field:
         old = e
         e = 0.5*e - 0.5*_linear_at(f.displacement, idx + steps @ e) # half steps also settle where the field is steep
         if np.abs(e - old).max() < 0.5*tolerance: break
+    else: raise DataError(f"invert: no inverse of the field within {tolerance:g} mm after {most} rounds; does it fold?")
     return Field(e.reshape(3, *f.shape), f.affine)
 
 def invert(

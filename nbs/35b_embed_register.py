@@ -16,7 +16,6 @@
 # %%
 #| export
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,19 +25,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import DataError, MissingFile, OnExists, file_digest, write_csv, write_json
+from medvol_nb.core import DataError, MissingFile, OnExists, log, write_csv, write_json
 from medvol_nb.embed.deform import (Backend, _on_grid, _single, cost_volume, coupled_convex, register_deformable,
                                     ssc_codes, working_grid)
 from medvol_nb.embed.match import Matcher
+from medvol_nb.embed.prepare import pair_files
 from medvol_nb.embed.model import load_embedder
 from medvol_nb.embed.store import embed_volume
 from medvol_nb.embed.transforms import (Estimate, Field, Model, Transform, as_field, compose, estimate_transform,
                                         warp, write_transform)
 from medvol_nb.geometry import Volume, corners, resample, to_world
-from medvol_nb.parallel import BatchError, Ledger, pmap
+from medvol_nb.parallel import BatchError, Ledger, describe, pmap
 from medvol_nb.volume import read_volume, stem_of, write_volume
-
-log = logging.getLogger("medvol_nb")
 
 # %%
 from scipy.spatial.transform import Rotation
@@ -202,6 +200,7 @@ class Alignment:
     source: str # 'matches' or 'search'
     tried: tuple[float, ...] # likeness of every guess, refined
 
+LEAST_LIKENESS = 0.05 # two volumes of noise reach 0.01, CT and MR of a head 0.56
 STAGES = ((4.0, 4, 4, 2, 24.0), (4.0, 4, 4, 1, 14.0), (2.5, 5, 4, 1, 10.0)) # spacing [mm], block, steps, quantum, limit
 
 def refine_affine(
@@ -235,6 +234,8 @@ def refine_affine(
     known &= _mask(fixed_mask, fixed, grid)
     alike = likeness(ssc_codes(grid.data, backend=backend), ssc_codes(image, backend=backend), known) \
         if known.any() else -1.0
+    if last.status != "failed" and alike < LEAST_LIKENESS:
+        last = replace(last, status="failed", reason=f"the images are not alike afterwards, likeness {alike:.3f}")
     return last, alike
 
 def _coarse(vol: Volume, spacing: float) -> Volume:
@@ -343,17 +344,18 @@ def register_pair(
 ) -> Registration: # transform, warped image and report
     "Register two images of any contrast without an initial guess"
     begin = time.perf_counter()
-    fix, mov = (_single(v if isinstance(v, Volume) else read_volume(v), what)
-                for v, what in ((fixed, "fixed image"), (moving, "moving image")))
-    if fixed_mask is not None and isinstance(fixed, Volume) and fixed.axes != "xyz":
-        fixed_mask = np.transpose(fixed_mask, [fixed.axes.index(a) for a in "xyz"])
+    vols = [v if isinstance(v, Volume) else read_volume(v) for v in (fixed, moving)]
+    fix, mov = (_single(v, what) for v, what in zip(vols, ("fixed image", "moving image")))
+    fixed_mask, moving_mask = (m if m is None or v.axes == "xyz" else np.transpose(m, [v.axes.index(a) for a in "xyz"])
+                               for m, v in zip((fixed_mask, options.pop("moving_mask", None)), vols))
     if init is None:
         found = align(fix, mov, matcher, model=model, fixed_mask=fixed_mask, max_angle=max_angle, backend=backend)
     else: found = Alignment(init, Estimate("ok", np.eye(4), "given", np.zeros(0, bool), np.zeros(0), 1.0, 0.0, 1.0),
                             float("nan"), "given", ())
     seconds, transform, jacobian = {"affine": time.perf_counter() - begin}, found.transform, None
     if deformable:
-        d = register_deformable(fix, mov, transform, fixed_mask=fixed_mask, spacing=spacing, backend=backend, **options)
+        d = register_deformable(fix, mov, transform, fixed_mask=fixed_mask, moving_mask=moving_mask, spacing=spacing,
+                                backend=backend, **options)
         transform, jacobian = compose(Transform((d.field,)), transform), d.log["jacobian"]
         seconds["deformable"] = d.log["seconds"]
     warped = warp(mov, transform, fix.affine, fix.shape, order)
@@ -431,9 +433,8 @@ def _pairs(fixed: Path, moving: Path | None) -> dict[str, tuple[Path, Path]]:
             if not p.exists(): raise MissingFile(f"{p} does not exist")
         return {stem_of(moving): (fixed, moving)}
     if not fixed.is_dir(): raise MissingFile(f"{fixed} is not a folder. Give a folder of pairs, or two files")
-    files = {stem_of(p): p for p in sorted(fixed.iterdir()) if p.name.endswith((".nii", ".nii.gz", ".mha", ".nrrd"))}
-    found = {s[:-5] + tail: (files[f"{s[:-5]}_0000"], p) for s, p in files.items()
-             for end, tail in (("_0001", ""), ("_0002", "_t2")) if s.endswith(end) and f"{s[:-5]}_0000" in files}
+    found = {name + tail: (files["0000"], files[end]) for name, files in pair_files(fixed).items()
+             for end, tail in (("0001", ""), ("0002", "_t2")) if {"0000", end} <= files.keys()}
     if not found: raise DataError(f"{fixed}: holds no pairs <id>_0000 and <id>_0001")
     return found
 
@@ -463,12 +464,13 @@ def register(
             pair = [embed_volume(net, v, config=cfg, body="auto", device=device) for v in (a, b)]
             matcher = matching_of(Matcher(*pair, device="cpu"))
         found = register_pair(a, b, matcher, model=model, deformable=deformable, spacing=spacing, max_angle=max_angle)
+        if found.report["status"] == "failed": raise DataError(f"{case}: not registered, {found.report['reason']}")
         files = write_registration(found, a, out, case, spacing=spacing)
-        return {"outputs": [p.name for p in files], "source": [file_digest(p) for p in pairs[case]]}
+        return {"outputs": [p.name for p in files], "source": [describe(p)["sha256"] for p in pairs[case]]}
     keys = list(pairs)
     with Ledger(out/"ledger.jsonl", params, on_exists=on_exists) as ledger:
         for case in keys: # a scan that was replaced is registered again
-            if ledger.is_done(case) and ledger.value(case)["source"] != [file_digest(p) for p in pairs[case]]:
+            if ledger.is_done(case) and ledger.value(case)["source"] != [describe(p)["sha256"] for p in pairs[case]]:
                 ledger.failed(case, "a scan has changed")
         values, failures = pmap(one, keys, workers, keys=keys, desc="register", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"pair": keys[f.index], "error": f.error} for f in failures], ["pair", "error"])

@@ -271,6 +271,9 @@ def read_image_folder(
     folder = Path(folder)
     if not (folder/"folder.json").is_file(): return _told(folder)
     found, wrong = read_json(folder/"folder.json"), []
+    try: odd = [r["file"] for i, r in enumerate(found["items"]) if r["file"] != image_names(found["layout"], i)[0]]
+    except (KeyError, TypeError): raise FormatError(f"{folder}/folder.json: is not the record of one") from None
+    if odd: raise FormatError(f"{folder}/folder.json: {odd[0]!r} is not the name of a picture of this folder")
     for r in found["items"]:
         path = folder/r["file"]
         if not path.is_file(): wrong.append(f"{r['file']} is missing")

@@ -31,7 +31,7 @@ from medvol_nb.checkpoints import (autocast_for, device_for, latest_checkpoint, 
                                    save_checkpoint)
 from medvol_nb.config import check_config, parse_overrides
 from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, atomic,
-                            check_output, file_digest, fingerprint, log, plain, read_json, write_json)
+                            check_output, file_digest, fingerprint, lock, log, plain, read_json, write_json)
 from medvol_nb.embryo.diffusion import (Denoiser, Items, Noise, Raw, diffusion_loss, encode_pictures, fixed_batches,
                                         learned_table, picture_digests, pixel_encoder)
 from medvol_nb.embryo.phases import DATA_LICENCE, PROMPT, FocalPlane, Phase, PromptTemplate, parse_prompt
@@ -205,22 +205,29 @@ def _export(plan: Plan, base: Path, model: Denoiser, c: Conditions) -> None:
         if c.mode == "class": save_table(folder, model.table, c.classes)
         share_files(folder)
 
-def _resume_from(plan: Plan, given: str) -> None:
-    "Make a named checkpoint the newest one, or refuse"
+def _resume_from(plan: Plan, given: str) -> Path | None:
+    "The checkpoint that is named; None: the newest"
     folder = plan.out/"checkpoints"
     steps = {p: int(p.stem.split("-")[1]) for p in sorted(folder.glob("step-*.safetensors"))}
     if given == "latest":
         if latest_checkpoint(folder) is None:
             raise MissingFile(f"resume_from_checkpoint: {folder} holds no checkpoint to go on from")
-        return
+        return None
     path = folder/given if not Path(given).exists() else Path(given)
     mine = {p.resolve(): p for p in steps}
     if path.resolve() not in mine:
         shown = ", ".join(p.name for p in steps) or "none"
         raise MissingFile(f"resume_from_checkpoint: {given} is not a checkpoint of this run. There are: {shown}")
-    load_checkpoint(path)
-    for p in steps:
-        if steps[p] > steps[mine[path.resolve()]]: p.unlink()
+    return mine[path.resolve()]
+
+def _go_back(out: Path, to: Path, identity: Mapping[str, Any]) -> None:
+    "Make a checkpoint the newest one, if it is of this very run"
+    if fingerprint(load_checkpoint(to)["config"]) != fingerprint(plain(identity)):
+        raise DataError(f"{to}: is of a run with other settings, pictures or base. Nothing was removed")
+    if not _is_main(): return
+    with lock(out):
+        for p in (out/"checkpoints").glob("step-*.safetensors"):
+            if int(p.stem.split("-")[1]) > int(to.stem.split("-")[1]): p.unlink()
 
 # %%
 #| export
@@ -278,6 +285,7 @@ def train_diffusion(
     on_exists: OnExists = "skip", # 'skip': go on where the run stopped, 'overwrite': start anew, 'error': refuse
     stop_at: int | None = None, # end this part of the run after so many steps in all
     local_files_only: bool = False, # never ask the hub
+    back_to: Path | None = None, # checkpoint to go on from; later ones are removed
 ) -> FitResult: # steps, log, weights
     "Fine-tune as planned; an interrupted run goes on exactly where it stopped"
     cfg, out, start = plan.cfg, plan.out, time.monotonic()
@@ -300,6 +308,7 @@ def train_diffusion(
     identity = {"base": digest, "pictures": picture_digests(plan.pictures.files), "prompts": c.prompts,
                 "classes": c.classes, "rows": c.rows, "prior": picture_digests(prior),
                 "settings": plain(cfg.model_dump(mode="json", exclude=_FREE)), "size": size}
+    if back_to is not None: _go_back(out, back_to, identity)
     tell = [_wandb(plan)] if cfg.report_to == "wandb" and _is_main() else []
     record, noted = _start_record(plan, base, digest, c), []
     def note(event: str, state: FitState) -> None: # at the first step: by then `fit` has accepted the folder
@@ -341,6 +350,9 @@ class FineTuned:
             if trained is phase: return given
             raise ConfigError(f"phase: this model was trained with the one prompt {given!r}, it cannot draw "
                               f"{phase.value}")
+        if self.about.get("mode") == "caption" and not self.about.get("template"):
+            raise ConfigError("prompt: this model was trained with captions of a form of their own; give the prompt "
+                              "(--prompt)")
         text, with_plane = self.about.get("template") or (PROMPT, False)
         return PromptTemplate(text, with_plane).format(phase, plane)
 
@@ -351,6 +363,9 @@ class FineTuned:
         prompt: str | None = None, # text or template; None: the one of training
     ) -> tuple[torch.Tensor, torch.Tensor, str]: # two arrays (tokens, width): condition and none; and the prompt
         "What the network gets for a phase"
+        planes = self.about.get("pictures", {}).get("planes", [])
+        if planes and plane.pretty not in planes:
+            raise ConfigError(f"focal_plane: this model saw {', '.join(planes)}, not {plane.pretty}")
         if self.table is None:
             text = self.prompt(phase, plane, prompt)
             seen = self.about.get("pictures", {}).get("phases", [])
@@ -398,12 +413,15 @@ def load_finetuned(
     run = path if (path/"run.json").exists() else path.parent.parent if path.parent.name == "checkpoints" else None
     if run is not None and (run/"run.json").exists(): return _load_run(run, path, base, keys)
     if path.is_file() and base is not None: # additions made by any program
+        about = read_run(path.parent.parent) if (path.parent.parent/"run.json").exists() else {}
+        digest = weights_digest(resolve_model(base, local_files_only=local_files_only))
+        if about and digest != about["model"]["digest"]:
+            raise DataError(f"{base}: is not the base that {path} was trained from, its weights differ")
         pipe = load_sd(base, **keys)
         try: pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as e:
             raise FormatError(f"{path}: does not fit as additions to {base}: {str(e).splitlines()[0][:160]}") from None
-        about = read_run(path.parent.parent) if (path.parent.parent/"run.json").exists() else {}
-        return FineTuned(pipe, fingerprint([weights_digest(resolve_model(base)), file_digest(path)]), about,
+        return FineTuned(pipe, fingerprint([digest, file_digest(path)]), about,
                          *_table_in(path.parent))
     pipe = load_sd(path, **keys)
     about = read_run(path.parent) if path.name == "pipeline" and (path.parent/"run.json").exists() else {}
@@ -500,11 +518,11 @@ def finetune(
     summary = {"run": str(out), "pictures": len(plan.pictures), "phases": plan.pictures.phases, "mode": plan.mode,
                "prior_preservation": plan.prior, "total_steps": plan.steps}
     if dry_run: return {**summary, "model": str(resolve_model(model))}
-    if resume_from_checkpoint: _resume_from(plan, resume_from_checkpoint)
+    back = _resume_from(plan, resume_from_checkpoint) if resume_from_checkpoint else None
     parent.mkdir(parents=True, exist_ok=True)
     check_output(out, "error" if on_exists == "error" else "overwrite")
     log.info("%s", DATA_LICENCE)
-    done = train_diffusion(plan, model, on_exists=on_exists, stop_at=stop_at)
+    done = train_diffusion(plan, model, on_exists=on_exists, stop_at=stop_at, back_to=back)
     last = {k: v for row in done.log[-1:] for k, v in row.items() if v}
     return {**summary, "steps": done.steps, "finished": done.finished, "best": done.best, "last": last}
 

@@ -25,12 +25,13 @@ from typing import Any, Literal
 import numpy as np
 
 from medvol_nb import plot
-from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, check_output, fingerprint, log,
-                            plain, read_json, remove_tree, rng_for, write_csv, write_json)
+from medvol_nb.core import (ConfigError, DataError, MissingFile, OnExists, check_output, fingerprint, log, plain,
+                            read_json, remove_tree, rng_for, write_csv, write_json)
 from medvol_nb.embryo.classify import (ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from medvol_nb.embryo.dataset import EmbryoFrames
-from medvol_nb.embryo.phases import PHASES, FocalPlane, Phase
+from medvol_nb.embryo.generate import _numbered, read_record
+from medvol_nb.embryo.phases import PHASES
 from medvol_nb.embryo.quality import LabelledImages
 from medvol_nb.embryo.scores import phase_metrics, read_predictions, write_predictions
 
@@ -58,24 +59,18 @@ def images_of(
     return LabelledImages.of([frames.path(i) for i in range(len(keys))], frames.phase[[k[3] for k in keys]],
                              [k[1] for k in keys], [frames.label(i) for i in range(len(keys))])
 
-def _number(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.stem if c.isdigit())
-    return int(digits or 0), path.name
-
 def images_of_run(
     folder: str | os.PathLike, # with metadata.json
 ) -> LabelledImages: # synthetic pictures
     "Pictures of one synthetic run"
     folder = Path(folder)
-    about = read_json(folder/"metadata.json")
-    plane = about.get("focal-plane", about.get("focal_plane")) if isinstance(about, dict) else None
-    if plane is None or "phase" not in about:
-        raise FormatError(f"{folder/'metadata.json'}: phase and focal-plane are needed")
+    phase, _, about = read_record(folder)
     if about.get("complete") is False: raise DataError(f"{folder}: this run is not complete. Finish it first")
-    FocalPlane.parse(plane)
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=_number)
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=_numbered)
     if not files: raise DataError(f"{folder}: holds no pictures")
-    return LabelledImages.of(files, [Phase.parse(about["phase"]).idx()]*len(files), None,
+    if len(files) != about.get("num_images", len(files)):
+        raise DataError(f"{folder}: holds {len(files)} of {about['num_images']} pictures")
+    return LabelledImages.of(files, [phase.idx()]*len(files), None,
                              [f"{folder.name}/{p.name}" for p in files])
 
 def find_runs(
@@ -308,7 +303,8 @@ def augmentation_study(
     if on_exists != "skip": check_output(out, on_exists)
     if on_exists == "overwrite": remove_tree(out/"runs")
     steps = cfg.steps or cfg.epochs*max(1, len(sets["real"])//cfg.batch_size)
-    cfg = cfg.model_copy(update={"steps": steps, "patience": None})
+    often = cfg.validate_every or max(1, steps//20) # equally often for all arms, whatever their epochs are
+    cfg = cfg.model_copy(update={"steps": steps, "patience": None, "validate_every": often})
     arms, truth = plan_arms(fractions, ratios), sets["test"].phases.astype(int)
     got = {arm: np.stack([_one_run(arm, s, sets, cfg, out) for s in seeds]) for arm in arms}
     compared = [a for a in arms if a.kind != "real"]

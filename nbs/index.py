@@ -16,8 +16,10 @@
 # | 10–11d | label spaces, data lists, splits, loading, conversion, pairing by name |
 # | 12–14a | recipes of datasets, verification, class statistics, a training loader |
 # | 20–22b | supervoxels: clustering, Segment-Anything features, the pipeline, points for training |
+# | 30–37 | anatomical embeddings: preparation, views, network, losses, training, matching, registration, evaluation |
 # | 40–44c | synthetic anatomy: templates, label ensembles, views, stores, contrastive pretraining, features |
-# | 50–59 | U-Nets for several targets on chunked volumes: stores, patches, training, prediction, seams |
+# | 50–59a | U-Nets for several targets on chunked volumes: stores, patches, training, prediction, seams |
+# | 60–63e | embryo time-lapses: archives, index, folders, fine-tuning, generation, quality, classifier |
 # | 85–87 | environment check, jobs with reports, the demo |
 # | 89–90 | signatures and the command line made from them |
 #

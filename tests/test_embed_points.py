@@ -79,3 +79,10 @@ def test_match_from_file_to_file(tmp_path):
         match(
             tmp_path / "a.zarr", tmp_path / "b.zarr", tmp_path / "in.fcsv", tmp_path / "in.fcsv", on_exists="overwrite"
         )
+
+
+@pytest.mark.parametrize("points", ["[3]", '{"a": 1}', "null"])
+def test_markups_of_other_shapes_are_refused(tmp_path, points):
+    (tmp_path / "a.mrk.json").write_text('{"markups": [{"controlPoints": %s}]}' % points)
+    with pytest.raises(FormatError, match="control points must be a list"):
+        read_points(tmp_path / "a.mrk.json")

@@ -200,3 +200,44 @@ def test_E6_real_half_field_of_view(data_dir):
 
 def test_public_names():
     assert callable(module.register_pair) and callable(module.register)
+
+
+@pytest.mark.parametrize("deformable", [False, True])
+def test_images_that_have_nothing_in_common_are_not_registered(tmp_path, deformable):
+    for k in range(2):
+        noise = rng_for(k, "unrelated").normal(100, 20, SHAPE).astype(np.float32)
+        write_volume(Volume(noise, HERE), tmp_path / f"{k}.nii.gz")
+    with pytest.raises(BatchError, match="not registered"):
+        register(tmp_path / "0.nii.gz", tmp_path / "out", tmp_path / "1.nii.gz", max_angle=0, deformable=deformable)
+    assert not list((tmp_path / "out").glob("*_field*"))
+
+
+def test_chunked_stores_are_pairs_and_a_changed_one_is_registered_again(tmp_path, scans):
+    (tmp_path / "pairs").mkdir()
+    for end in ("0000", "0001"):
+        write_volume(scans[0], tmp_path / f"pairs/p_{end}.zarr")
+    run = lambda: register(tmp_path / "pairs", tmp_path / "out", deformable=False, max_angle=0)
+    run()
+    before = (tmp_path / "out/p_report.json").stat().st_mtime_ns
+    run()
+    assert (tmp_path / "out/p_report.json").stat().st_mtime_ns == before
+    write_volume(Volume(scans[0].data + 1, HERE), tmp_path / "pairs/p_0001.zarr", "overwrite")
+    run()
+    assert (tmp_path / "out/p_report.json").stat().st_mtime_ns > before
+    write_volume(scans[0], tmp_path / "pairs/p_0001.nii.gz")
+    with pytest.raises(DataError, match="the same part of one case"):
+        run()
+
+
+def test_masks_follow_the_axes_of_their_images(scans):
+    "A mask belongs to the array it was made for, in whatever order its axes are"
+    head = scans[0]
+    mask = np.zeros(SHAPE, bool)
+    mask[:30] = True
+    options = {"init": Transform(()), "spacing": 8.0, "backend": "numba"}
+    one = register_pair(head, head, fixed_mask=mask, moving_mask=mask, **options)
+    turned_axes = to_axes(head, "zyx")
+    two = register_pair(turned_axes, turned_axes, fixed_mask=mask.T, moving_mask=mask.T, **options)
+    pts = corners(head)
+    assert np.array_equal(one.transform(pts), two.transform(pts))
+    assert np.array_equal(one.warped.data, two.warped.data)

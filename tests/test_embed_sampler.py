@@ -238,7 +238,15 @@ def test_R3_bad_scans_are_replaced_the_same_way_each_time(tmp_path, caplog):
     (tmp_path/"cut.nii.gz").write_bytes(b"\x1f\x8b\x08")
     flat = Volume(np.full((30, 30, 30), -1000, np.int16), affine_from(6))
     thin = Volume(np.zeros((60, 60, 2), np.int16), affine_from(6))
+    holes = good[0].images[0].data.astype(np.float32)
+    holes[3, 4, 5] = np.nan
+    nan = Volume(holes, good[0].images[0].affine)
+    write_volume(good[0].images[0], tmp_path/"chunk.zarr")
+    stored = [p for p in (tmp_path/"chunk.zarr"/"image"/"c").rglob("*") if p.is_file()]
+    for p in stored: p.write_bytes(p.read_bytes()[:-9])
+    assert stored
     bad = [Case("cut", (tmp_path/"cut.nii.gz",)), Case("air", (flat,)), Case("thin", (thin,)),
+           Case("nan", (nan,), good[0].masks), Case("chunk", (tmp_path/"chunk.zarr",), good[0].masks),
            Case("masked", (good[0].images[0],), (Volume(good[0].masks[0].data[1:], good[0].masks[0].affine),)),
            Case("empty mask", (good[0].images[0],), (Volume(good[0].masks[0].data*0, good[0].masks[0].affine),))]
     every = ViewSampler("masksample", (12, 16, 16), spacing=6, independent=0)

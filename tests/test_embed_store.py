@@ -234,3 +234,25 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(MedvolError, match="exists"):
         write_embedding(emb, write_embedding(emb, tmp_path / "e.zarr"))
+
+
+def test_a_store_of_another_network_is_not_taken_for_this_one(tmp_path):
+    nets = [build_model(ModelConfig(width=8, emb=8), seed).eval() for seed in (0, 1)]
+    scan = small_scan()
+    cfg = EmbedderConfig(spacing=6.0, intensity="ct")
+    embed_volume(nets[0], scan, tmp_path / "a.zarr", config=cfg, device="cpu")
+    embed_volume(nets[0], scan, tmp_path / "a.zarr", config=cfg, device="cpu", on_exists="skip")
+    with pytest.raises(DataError, match="different networks"):
+        embed_volume(nets[1], scan, tmp_path / "a.zarr", config=cfg, device="cpu", on_exists="skip")
+
+
+def test_scans_of_a_prepared_folder_and_names_that_lead_elsewhere(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "index.csv").write_text("name\na.zarr\n")
+    assert scan_files(tmp_path / "index.csv") == [tmp_path / "images/a.zarr"]
+    (tmp_path / "list.csv").write_text("image\n../secret.nii.gz\n")
+    with pytest.raises(DataError):
+        scan_files(tmp_path / "list.csv")
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series/1.dcm").touch()
+    assert scan_files(tmp_path / "series") == [tmp_path / "series"]

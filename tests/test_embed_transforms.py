@@ -292,3 +292,10 @@ def test_default_fill_and_edges():
     away = Transform((placed(shift=(100, 0, 0)),))
     assert (warp(vol, away, np.eye(4), (4, 4, 4), fill=-5).data == -5).all()
     assert (warp(vol, away, np.eye(4), (4, 4, 4), fill="edge").data == 7).all()
+
+
+def test_a_field_that_folds_has_no_inverse():
+    wave = 30 * np.sin(np.arange(20) * 1.3)[:, None, None] * np.ones((20, 12, 12))
+    folded = Field(np.stack([wave, 0 * wave, 0 * wave]).astype(np.float32), affine_from(2.0))
+    with pytest.raises(DataError, match="does it fold"):
+        invert(Transform((folded,)))

@@ -356,3 +356,23 @@ def test_D3_no_more_threads_than_asked_for(src, tmp_path, monkeypatch):
     extract(src, tmp_path / "a", workers=2)
     extract(src, tmp_path / "b", n_proc=99)
     assert seen == [2, 10]
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"0000_001000\0", b"+0000001000\0", b"00000o01000\0"])
+def test_a_size_that_is_no_octal_number_ends_the_reading(size):
+    "A negative one would lead backwards, and round and round"
+    head = bytearray(tarfile.TarInfo("embryo_dataset/x.jpeg").tobuf(tarfile.GNU_FORMAT))
+    head[124:136], head[148:156] = size, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    packed = gzip.compress(bytes(head) + bytes(2048))
+    with pytest.raises(BadArchive, match="is not a number"):
+        list(read_members(GzipStream(io.BytesIO(packed), "x", 2**20)))
+
+
+def test_what_is_odd_in_the_tables_does_not_cost_the_extraction(made, src, tmp_path):
+    grades = next(p for p in src.iterdir() if p.suffix == ".csv")
+    lines = grades.read_text().splitlines()
+    lines[1] = ",".join(["Q" if len(w) == 1 and w.isalpha() else w for w in lines[1].split(",")])
+    grades.write_text("\n".join(lines) + "\n")
+    report = archives.extract_dataset(src, tmp_path / "out")
+    assert (tmp_path / "out").is_dir() and report.files > 0

@@ -221,6 +221,9 @@ def test_checkpoints_can_be_named_loaded_and_gone_back_to(tiny, few, tmp_path):
     model = load_finetuned(tmp_path / "back" / "checkpoints" / there[0], device="cpu")
     assert model.condition(Phase.t2, FocalPlane.F0)[2].endswith("t2")
     given = {"resume_from_checkpoint": there[0], "num_validation_images": 0}
+    with pytest.raises(DataError, match="other settings"):
+        run(tiny, few, tmp_path, "back", settings=("noise_offset=0.2",), **given)
+    assert there == sorted(p.name for p in (tmp_path / "back" / "checkpoints").iterdir())
     assert run(tiny, few, tmp_path, "back", **given)["finished"]
     assert results(tmp_path / "back")[0]["model.safetensors"] == results(tmp_path / "whole")[0]["model.safetensors"]
     with pytest.raises(OutputExists, match="never overwritten"):

@@ -333,6 +333,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
             "medvol_nb.cli",
             "unet",
             "train",
+            "--config",
             str(config),
         ],
         cwd=ROOT,

@@ -218,7 +218,7 @@ def save_embedder(
 
 def _published_state(path: Path) -> tuple[dict[str, torch.Tensor], EmbedderConfig]:
     weights = load_foreign(path, (_PUBLISHED,))
-    return weights, EmbedderConfig(model=model_of(weights), name=path.stem)
+    return weights, EmbedderConfig(model=model_of(weights), intensity="auto", name=path.stem)
 
 def _own_state(path: Path) -> tuple[dict[str, torch.Tensor], EmbedderConfig]:
     saved = load_checkpoint(path)

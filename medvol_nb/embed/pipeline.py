@@ -7,11 +7,11 @@ __all__ = ['plan_stages', 'train_stages']
 
 # %% ../../nbs/37_embed_pipeline.ipynb #imports
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core import ConfigError, DataError, log, write_json
+from ..core import ConfigError, log, write_json
 from .prepare import prepare
 from .register import register
 from .train import train
@@ -37,9 +37,10 @@ def plan_stages(
     if not out: raise ConfigError("no stage: give scans, or pairs (--scans, --pairs)")
     return out
 
-# %% ../../nbs/37_embed_pipeline.ipynb #_register
-def _register(src: Path, dst: Path, embedder: Path, options: dict[str, Any]) -> None:
-    try: register(src, dst, embedder=embedder, **options)
+# %% ../../nbs/37_embed_pipeline.ipynb #_tolerant
+def _tolerant(call: Callable[..., Any], dst: Path, *args: Any, **options: Any) -> None:
+    "Go on with what could be done, unless that is nothing"
+    try: call(*args, **options)
     except BatchError as e:
         if len(e.failures) >= e.total: raise
         log.warning("%s: %d of %d pairs are left out, see failed.csv", dst.name, len(e.failures), e.total)
@@ -72,12 +73,11 @@ def train_stages(
         folder = out/name
         log.info("stage %s: %s", name, what)
         if what == "prepare":
-            found = prepare(raw, folder, kind="pairs", spacing=spacing, workers=workers)
-            if not any((folder/"images").iterdir()): raise DataError(f"{folder}: no pair could be prepared, {found}")
+            _tolerant(prepare, folder, raw, folder, kind="pairs", spacing=spacing, workers=workers)
             ready = folder
         elif what == "register":
-            _register(Path(pairs), folder, last, {"deformable": deformable, "spacing": register_spacing,
-                                                  "max_angle": max_angle, "device": device})
+            _tolerant(register, folder, Path(pairs), folder, embedder=last, deformable=deformable,
+                      spacing=register_spacing, max_angle=max_angle, device=device)
             raw = folder
         else:
             views, registered = {"ct_mri_intra": ([ready], ()), "ct_mri_inter": ((), [ready])}.get(what, (scans, ()))

@@ -56,7 +56,10 @@ def _from_json(tree: Any, where: str) -> tuple[list, list, np.ndarray]:
         if not isinstance(tree["markups"], list) or len(tree["markups"]) != 1:
             raise DataError(f"{where}: one list of markups is needed, got {len(tree['markups'])}")
         m = tree["markups"][0]
-        found = [c for c in m.get("controlPoints", []) if c.get("positionStatus", "defined") == "defined"]
+        points = m.get("controlPoints", []) if isinstance(m, dict) else None
+        if not isinstance(points, list) or not all(isinstance(c, dict) for c in points):
+            raise FormatError(f"{where}: control points must be a list of objects")
+        found = [c for c in points if c.get("positionStatus", "defined") == "defined"]
         names = [str(c.get("label") or c.get("id") or k + 1) for k, c in enumerate(found)]
         return [c.get("position") for c in found], names, _space(m.get("coordinateSystem", "LPS"), where)
     space = tree.get("space", "RAS") if isinstance(tree, dict) else "RAS"

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 from ..body import body_mask
 from ..checkpoints import Precision, autocast_for, device_for
-from ..core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, file_digest,
-                            fingerprint, read_csv, read_json, rng_for, write_csv)
-from .data import Contrast, NetGrid, contrast_of, net_grid, net_volume, network_volume
+from ..core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, fingerprint,
+                            inside, read_csv, read_json, rng_for, write_csv)
+from .data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of, list_scans, net_grid, net_volume,
+                                  network_volume)
 from .model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
 from ..geometry import Volume, resample_to
-from ..parallel import BatchError, Ledger, pmap
+from ..parallel import BatchError, Ledger, describe, pmap
 from ..stores import as_format_error, create_array
 from ..volume import format_of, read_volume, stem_of
 
@@ -201,7 +202,8 @@ def embed_volume(
 ) -> Embedding: # in memory in full precision, or opened from `out`
     "Embed one scan"
     cfg = config or EmbedderConfig()
-    if out is not None and not check_output(out, on_exists): return open_embedding(out)
+    if out is not None and not check_output(out, on_exists):
+        return open_embedding(out, cfg.digest or model_digest(net))
     if slab is not None and (slab < 4 or slab % 4): raise DataError(f"slab: must be a multiple of 4, got {slab}")
     if slab is not None and _sees_everything(net):
         raise DataError("slab: this network normalises over the whole volume (or is in training mode), so slabs would "
@@ -333,26 +335,24 @@ def scan_files(
     src = Path(src)
     if not src.exists(): raise MissingFile(f"{src} does not exist")
     if src.is_dir() and not src.name.endswith(".zarr"):
-        def is_scan(p: Path) -> bool: return p.name.lower().endswith(_SUFFIXES)
-        found = sorted(p for p in src.iterdir() if is_scan(p) and not p.name.startswith("."))
-        if not found: raise DataError(f"{src}: holds no scans ({' '.join(_SUFFIXES)})")
+        if next(src.glob("*.dcm"), None) is not None: return [src]
+        if not (found := list_scans(src)): raise DataError(f"{src}: holds no scans ({' '.join(SCAN_SUFFIXES)})")
         return found
     if src.suffix == ".csv":
         rows = read_csv(src)
         key = next((k for k in ("image", "name") if rows and k in rows[0]), None)
         if key is None: raise FormatError(f"{src}: needs rows and a column image or name")
-        return [src.parent/r[key] for r in rows]
+        root = src.parent/"images" if src.name == "index.csv" and (src.parent/"images").is_dir() else src.parent
+        return [inside(root, r[key], absolute=True) for r in rows]
     if src.suffix == ".json":
         tree = read_json(src)
         if isinstance(tree, dict): tree = [i for part in tree.values() if isinstance(part, list) for i in part]
         names = [i.get("image") if isinstance(i, dict) else i for i in tree if isinstance(i, (dict, str))]
         if not names or not all(isinstance(n, str) for n in names):
             raise FormatError(f"{src}: names no scans; a list of files, or of objects with 'image', is needed")
-        return [src.parent/n for n in names]
+        return [inside(src.parent, n, absolute=True) for n in names]
     format_of(src)
     return [src]
-
-_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npz", ".h5", ".zarr")
 
 def embed(
     src: str | os.PathLike, # scan, folder of scans, .csv with a column image or name, or .json list
@@ -381,10 +381,10 @@ def embed(
         store = f"{stem_of(file)}.zarr"
         embed_volume(net, file, out/store, config=cfg, body="auto" if body else None, slab=slab, device=device,
                      precision=precision, dtype=dtype, on_exists="overwrite")
-        return {"outputs": [store], "source": file_digest(file) if file.is_file() else ""}
+        return {"outputs": [store], "source": describe(file)["sha256"]}
     with Ledger(out/"ledger.jsonl", params, on_exists=on_exists) as ledger:
         for file, key in zip(files, keys): # a scan that was replaced is embedded again
-            if ledger.is_done(key) and file.is_file() and ledger.value(key)["source"] != file_digest(file):
+            if ledger.is_done(key) and ledger.value(key)["source"] != describe(file)["sha256"]:
                 ledger.failed(key, "the scan has changed")
         values, failures = pmap(one, files, workers, keys=keys, desc="embed", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"scan": str(files[f.index]), "error": f.error} for f in failures], ["scan", "error"])

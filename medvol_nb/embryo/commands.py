@@ -16,11 +16,12 @@ import numpy as np
 
 from .. import plot
 from ..core import ConfigError, DataError, OnExists, atomic, check_output, read_csv, write_csv
-from .classify import (Architecture, ClassifierConfig, load_classifier, predict_phases,
+from .classify import (Architecture, ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
-from .dataset import EmbryoFrames
+from .dataset import EmbryoFrames, merged_phases
+from .generate import read_record
 from .index import EmbryoIndex, build_index
-from .phases import PHASES, FocalPlane, label_frames, parse_label, read_phases
+from .phases import PHASES, FocalPlane, label_frames, parse_label, parse_planes, read_phases
 from .quality import (Copies, LabelledImages, add_quality, balanced, copies_figure, extract_features,
                                       refuse_copies, run_quality)
 from .scores import (decode_videos, fit_transitions, phase_metrics, plot_metrics, read_metrics,
@@ -107,6 +108,10 @@ def metrics(
     out, limit = Path(result_fold_path), min(max_dataset_size, 50) if debug else max_dataset_size
     judge = load_classifier(model_weights_path, model_architecture)
     runs = {folder: images_of_run(folder) for folder in find_runs(synth_data_path)}
+    given = parse_planes(planes)
+    if odd := [f.name for f in runs if read_record(f)[1] not in given]:
+        raise ConfigError(f"planes: {', '.join(odd)} show another focal plane than "
+                          f"{', '.join(p.pretty for p in given)}. Measure them with their own --planes")
     index = _open_index(orig_data_path, planes)
     split = load_split(split_file_path, index)
     if lack := [s for s in ("train", "test") if not split.get(s)]:
@@ -116,7 +121,8 @@ def metrics(
     for name in ("train", "test"):
         images = real_images(index, split[name], planes, annotations=orig_data_annot_folder)
         picks = [np.flatnonzero(images.phases == p) for p in asked]
-        keep = [mine[balanced(images.at(mine), limit, seed)] for mine in picks]
+        keep = [mine if name == "train" and not debug else mine[balanced(images.at(mine), limit, seed)]
+                for mine in picks] # a copy may be of any picture for training
         if name == "train": # other phases give scale to features
             rest = np.flatnonzero(~np.isin(images.phases, asked))
             keep.append(rest[balanced(images.at(rest), limit, seed)])
@@ -212,22 +218,23 @@ def classify(
                                   seeds=seeds, on_exists=on_exists)
         return {"table": str(out/"study.csv"), "figure": str(out/"study.png"),
                 "arms": [{k: r[k] for k in ("arm", "mean", "difference", "low", "high", "verdict")} for r in rows]}
-    chosen = images(set_name(set))
+    chosen = merge_phases(images(set_name(set)), cfg.merge)
     if action == "predict": return _predict(chosen, index, split, _need(tuple(model), "model", action), out, on_exists,
-                                            architecture, batch_size, workers, device)
+                                            cfg)
     return _measure(chosen, _need(tuple(model), "model", action), out, on_exists)
 
 # %% ../../nbs/63e_embryo_commands.ipynb #_predict
 def _predict(chosen: LabelledImages, index: EmbryoIndex, split: dict, models: Sequence[str], out: Path,
-             on_exists: OnExists, architecture: Architecture, batch: int, workers: int, device: str) -> dict[str, Any]:
+             on_exists: OnExists, cfg: ClassifierConfig) -> dict[str, Any]:
     transitions = None
     if split.get("train"):
-        transitions = fit_transitions([index.phase[index.rows(v)] for v in split["train"]])
+        transitions = fit_transitions([merged_phases(cfg.merge)[index.phase[index.rows(v)]] for v in split["train"]])
     report = {}
     for path in models:
         foreign = Path(path).suffix not in ("", ".safetensors")
-        judge = load_classifier(path, architecture if foreign else None)
-        probs = predict_phases(judge, chosen, batch_size=batch, workers=workers, device=device).probs
+        judge = load_classifier(path, cfg.architecture if foreign else None, cfg.size if foreign else None)
+        if judge.name in report: raise ConfigError(f"classify predict: two models are called {judge.name}, rename one")
+        probs = predict_phases(judge, chosen, batch_size=cfg.batch_size, workers=cfg.workers, device=cfg.device).probs
         files = list(write_predictions(judge.name, chosen.ids, probs, out, on_exists))
         figures = {"frame by frame": phase_metrics(chosen.phases, probs).overall}
         if transitions is not None:

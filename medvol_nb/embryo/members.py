@@ -105,8 +105,10 @@ _MAX_HEADER = 2**16
 
 def _number(text: bytes, where: str) -> int:
     if text[:1] and text[0] & 0x80: raise UnsafeMember(f"{where} declares a size of 8 GiB or more")
-    try: return int(text.strip(b" \0") or b"0", 8)
-    except ValueError: raise BadArchive(f"{where} has a damaged header: {bytes(text)!r} is not a number") from None
+    digits = bytes(text).strip(b" \0") or b"0"
+    if not re.fullmatch(rb"[0-7]+", digits): # no sign: a stream that went backwards would never end
+        raise BadArchive(f"{where} has a damaged header: {bytes(text)!r} is not a number")
+    return int(digits, 8)
 
 def _text(raw: bytes, where: str) -> str:
     try: return raw.decode()
