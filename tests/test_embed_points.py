@@ -83,6 +83,6 @@ def test_match_from_file_to_file(tmp_path):
 
 @pytest.mark.parametrize("points", ["[3]", '{"a": 1}', "null"])
 def test_markups_of_other_shapes_are_refused(tmp_path, points):
-    (tmp_path / "a.mrk.json").write_text('{"markups": [{"controlPoints": %s}]}' % points)
+    (tmp_path / "a.mrk.json").write_text(f'{{"markups": [{{"controlPoints": {points}}}]}}')
     with pytest.raises(FormatError, match="control points must be a list"):
         read_points(tmp_path / "a.mrk.json")
