@@ -14,6 +14,7 @@ from scipy.ndimage import median_filter
 
 from benchmarks.reference import synth as reference
 from medvol_nb.config import check_config
+from medvol_nb import core
 from medvol_nb.core import ConfigError, DataError, MissingExtra, fingerprint, plain, read_json, rng_for, seed_words
 from medvol_nb.parallel import pmap
 from medvol_nb.synth import kernels
@@ -198,9 +199,9 @@ def test_without_numba_tensors_serve(monkeypatch):
     def missing(name, extra): raise MissingExtra(f"{name} needs the `{extra}` extra")
     plan = PLANS[3]
     expected = render_labels(plan, bank())
-    monkeypatch.setattr(kernels, "optional", missing)
+    for module in (kernels, core): monkeypatch.setattr(module, "optional", missing)
     assert choose_backend() == "torch" and np.array_equal(render_labels(plan, bank()), expected)
-    kernels.compiled.cache_clear()
+    core.compiled.cache_clear()
     with pytest.raises(MissingExtra): render_labels(plan, bank(), backend="numba")
 
 
