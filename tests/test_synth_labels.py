@@ -13,8 +13,8 @@ from scipy import stats
 from scipy.ndimage import median_filter
 
 from benchmarks.reference import synth as reference
-from medvol_nb.config import check_config
 from medvol_nb import core
+from medvol_nb.config import check_config
 from medvol_nb.core import ConfigError, DataError, MissingExtra, fingerprint, plain, read_json, rng_for, seed_words
 from medvol_nb.parallel import pmap
 from medvol_nb.synth import kernels
