@@ -145,6 +145,12 @@ def _codes_arrays(img, s, shifts, reads, levels):
 
 # %%
 #| export
+def code_levels(
+    codes: np.ndarray, # n-d uint64
+) -> np.ndarray: # (12, ...) uint8, 0 to 5
+    "The twelve numbers of each code"
+    return np.stack([np.bitwise_count(codes & np.uint64(31 << 5*c)) for c in range(12)])
+
 def ssc_codes(
     image: np.ndarray, # (x, y, z) intensities of any scale
     radius: int = 1, # of patches and their distance [voxel]
@@ -166,7 +172,7 @@ def ssc_codes(
 head = phantoms.head((40, 44, 36)).img
 inverted = 120 - head
 code, other = ssc_codes(head), ssc_codes(inverted)
-montage([head[:, :, 18].T[::-1], *(np.bitwise_count(code & np.uint64(31 << 5*c))[:, :, 18].T[::-1] for c in (0, 4, 9)),
+montage([head[:, :, 18].T[::-1], *(code_levels(code)[c, :, :, 18].T[::-1] for c in (0, 4, 9)),
          np.bitwise_count(code ^ ssc_codes(np.roll(head, 3, 0)))[:, :, 18].T[::-1]],
         titles=["image", "pair 0", "pair 4", "pair 9", "bits to shifted image"])
 
@@ -552,8 +558,7 @@ def adam_refine(
     weight: np.ndarray | None = None, # (x, y, z) what counts, such as a mask
 ) -> np.ndarray: # (3, x, y, z) float32 [voxel]
     "Improve a field by gradient descent on the codes' levels"
-    def channels(codes: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.stack([np.bitwise_count(codes & np.uint64(31 << 5*c)) for c in range(12)])).float()/5
+    def channels(codes: np.ndarray) -> torch.Tensor: return torch.from_numpy(code_levels(codes)).float()/5
     shape, blocks = fixed.shape, tuple(n//every for n in fixed.shape)
     middles = _centres(blocks, every)
     places = torch.from_numpy(middles)

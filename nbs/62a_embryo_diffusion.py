@@ -70,7 +70,9 @@ class Pictures:
 
 _ORDER = {p.value: p.idx() for p in Phase}
 
-def _number(path: Path) -> tuple:
+def picture_number(
+    path: Path, # such as img10.jpeg
+) -> tuple[int, str]: # what to sort by
     "img2 before img10"
     digits = "".join(c for c in path.stem if c.isdigit())
     return (int(digits[:18]) if digits else -1, path.name)
@@ -117,7 +119,7 @@ def read_pictures(
     if not root.is_dir(): raise MissingFile(f"image folder {root} does not exist")
     place = root/"images" if (root/"images").is_dir() else root
     files = sorted((p for p in place.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")),
-                   key=_number)
+                   key=picture_number)
     if not files: raise DataError(f"image folder {root}: no {', '.join(_SUFFIXES)} files in {place}")
     notes = [read_json(p, 2**24) for p in (root/"metadata.json", place/"metadata.json") if p.exists()]
     if not allow_synthetic and any(isinstance(n, dict) and n.get("synthetic") for n in notes):

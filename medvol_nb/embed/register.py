@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core import DataError, MissingFile, OnExists, log, write_csv, write_json
-from .deform import (Backend, _on_grid, _single, cost_volume, coupled_convex, register_deformable,
-                                    ssc_codes, working_grid)
+from .deform import (Backend, _mask_on, _on_grid, _single, code_levels, cost_volume, coupled_convex,
+                                    register_deformable, ssc_codes, working_grid)
 from .match import Matcher
 from .prepare import pair_files
 from .model import load_embedder
@@ -33,7 +33,7 @@ from ..volume import read_volume, stem_of, write_volume
 # %% ../../nbs/35b_embed_register.ipynb #_levels
 def _levels(codes: np.ndarray, known: np.ndarray) -> np.ndarray:
     "Levels of the codes' 12 channels with mean 0, (12, x, y, z) float32, 0 where nothing is known"
-    v = np.stack([np.bitwise_count(codes & np.uint64(31 << 5*c)) for c in range(12)]).astype(np.float32)
+    v = code_levels(codes).astype(np.float32)
     v -= v[:, known].mean(axis=1)[:, None, None, None]
     return v*known
 
@@ -127,7 +127,7 @@ def likeness(
 ) -> float: # 1: equal, 0: as like as unrelated places; what is unknown counts 0
     "How alike two images are, by their codes"
     apart = np.bitwise_count(fixed ^ moving)[known].sum()
-    v = [np.stack([np.bitwise_count(c[known] & np.uint64(31 << 5*k)) for k in range(12)]) for c in (fixed, moving)]
+    v = [code_levels(c[known]) for c in (fixed, moving)]
     unrelated = 0.0
     for a, b in zip(*v): # mean level difference of independent draws
         p, q = (np.bincount(x, minlength=6)/max(1, x.size) for x in (a, b))
@@ -160,7 +160,7 @@ def refine_affine(
     "Improve a guess by block matching"
     matrix, last = np.asarray(guess, np.float64), None
     for spacing, block, steps, quantum, limit in stages:
-        grid, mov = _coarse(fixed, spacing), _coarse(moving, spacing)
+        grid, mov = working_grid(fixed, spacing), working_grid(moving, spacing)
         mask = _mask(fixed_mask, fixed, grid)
         image, known = _on_grid(mov, Transform((matrix,)), grid)
         known &= mask
@@ -173,8 +173,8 @@ def refine_affine(
         matrix, last = found.matrix, found
     if last is None:
         last = Estimate("failed", matrix, model, np.zeros(0, bool), np.zeros(0), 0.0, np.inf, np.inf, "no blocks agree")
-    grid = _coarse(fixed, 4.0)
-    image, known = _on_grid(_coarse(moving, 4.0), Transform((matrix,)), grid)
+    grid = working_grid(fixed, 4.0)
+    image, known = _on_grid(working_grid(moving, 4.0), Transform((matrix,)), grid)
     known &= _mask(fixed_mask, fixed, grid)
     alike = likeness(ssc_codes(grid.data, backend=backend), ssc_codes(image, backend=backend), known) \
         if known.any() else -1.0
@@ -182,12 +182,7 @@ def refine_affine(
         last = replace(last, status="failed", reason=f"the images are not alike afterwards, likeness {alike:.3f}")
     return last, alike
 
-def _coarse(vol: Volume, spacing: float) -> Volume:
-    "The image in cubes of `spacing` mm"
-    return resample(_single(vol, "image"), spacing)
-
 def _mask(mask: np.ndarray | None, vol: Volume, grid: Volume) -> np.ndarray:
-    from medvol_nb.embed.deform import _mask_on
     return np.ones(grid.shape, bool) if mask is None else _mask_on(mask, vol, Transform(), grid, "fixed_mask")
 
 # %% ../../nbs/35b_embed_register.ipynb #Matching
@@ -204,7 +199,7 @@ def matching_of(
 
 def _guess_from(matcher: Matching, fixed: Volume, mask: np.ndarray | None, model: Model) -> Estimate:
     "Robust transform of the matches of a grid of points, 20 mm apart"
-    grid = _coarse(fixed, 20.0)
+    grid = working_grid(fixed, 20.0)
     q = to_world(grid.affine, np.argwhere(_mask(mask, fixed, grid)))
     k, w = matcher(q)
     found = estimate_transform(q, k, w, model, 20.0)
@@ -230,7 +225,7 @@ def align(
         if guess.status == "failed": log.warning("matches are of no use (%s), searching instead", guess.reason)
         else: guesses, source = [guess.matrix], "matches"
     if not guesses: guesses = [m for _, m in search_rigid(fixed, moving, max_angle=max_angle, backend=backend)]
-    fix, mov = _coarse(fixed, 2.0), _coarse(moving, 2.0)
+    fix, mov = working_grid(fixed, 2.0), working_grid(moving, 2.0)
     mask = None if fixed_mask is None else _mask(fixed_mask, fixed, fix)
     rough = [refine_affine(fix, mov, g, model="rigid" if model == "rigid" else "similarity", stages=STAGES[:1],
                            fixed_mask=mask, backend=backend) for g in guesses]

@@ -22,6 +22,7 @@ from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, 
                             check_output, fingerprint, lock, log, progress, read_json, remove_tree, rng_for,
                             sweep_temporary, write_json)
 from .dataset import Item, to_float
+from .diffusion import picture_number
 from .finetune import MODEL_LICENCE, FineTuned, latest_run, load_finetuned, versions
 from .phases import DATA_LICENCE, PHASES, FocalPlane, Phase
 from .tiny import SOLVERS, is_blank, sample, to_grey
@@ -243,10 +244,6 @@ def read_record(
     try: return Phase.parse(about["phase"]), FocalPlane.parse(plane), about
     except ConfigError as e: raise FormatError(f"{file}: {e}") from None
 
-def _numbered(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.stem if c.isdigit())[:18]
-    return (int(digits) if digits else -1, path.name)
-
 class SyntheticRuns:
     "Images of one or many synthetic runs as a data set"
     def __init__(
@@ -270,7 +267,7 @@ class SyntheticRuns:
             phase, plane, about = read_record(run)
             if wanted is not None and phase not in wanted: continue
             files = sorted((p for p in run.iterdir() if p.suffix.lower() in _IMAGES and not p.name.startswith(".")),
-                           key=_numbered)
+                           key=picture_number)
             n = about.get("num_images", len(files))
             if not incomplete and (about.get("complete") is False or len(files) != n):
                 raise DataError(f"{run}: this run has {len(files)} of {n} images. Go on with it (generate --resume)")

@@ -21,7 +21,8 @@ from ..core import (ConfigError, DataError, MissingFile, OnExists, check_output,
 from .classify import (ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from .dataset import EmbryoFrames
-from .generate import _numbered, read_record
+from .diffusion import picture_number
+from .generate import read_record
 from .phases import PHASES
 from .quality import LabelledImages
 from .scores import phase_metrics, read_predictions, write_predictions
@@ -42,7 +43,7 @@ def images_of_run(
     folder = Path(folder)
     phase, _, about = read_record(folder)
     if about.get("complete") is False: raise DataError(f"{folder}: this run is not complete. Finish it first")
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=_numbered)
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=picture_number)
     if not files: raise DataError(f"{folder}: holds no pictures")
     if len(files) != about.get("num_images", len(files)):
         raise DataError(f"{folder}: holds {len(files)} of {about['num_images']} pictures")
