@@ -2382,6 +2382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medvol_nb.stores.check_budget': ('stores.html#check_budget', 'medvol_nb/stores.py'),
                                   'medvol_nb.stores.create_array': ('stores.html#create_array', 'medvol_nb/stores.py'),
                                   'medvol_nb.stores.downsample2': ('stores.html#downsample2', 'medvol_nb/stores.py'),
+                                  'medvol_nb.stores.new_store': ('stores.html#new_store', 'medvol_nb/stores.py'),
                                   'medvol_nb.stores.open_hdf5': ('stores.html#open_hdf5', 'medvol_nb/stores.py'),
                                   'medvol_nb.stores.open_zarr': ('stores.html#open_zarr', 'medvol_nb/stores.py'),
                                   'medvol_nb.stores.packers_for': ('stores.html#packers_for', 'medvol_nb/stores.py'),

@@ -17,6 +17,7 @@
 
 # %%
 #| export
+import asyncio
 import contextlib
 import io
 import os
@@ -305,6 +306,26 @@ def create_array(
                               fill_value=0, attributes=dict(attributes or {}), config={"write_empty_chunks": False},
                               **extra)
 
+@contextlib.contextmanager
+def new_store(
+    path: str | os.PathLike, # of the store, a folder
+    on_exists: OnExists = "overwrite", # as in `atomic`
+    *,
+    version: Literal[2, 3] = 3, # of the zarr format
+    attributes: Mapping | None = None, # plain values
+) -> Iterator[Any]: # its zarr group, open until the store takes its name
+    "Write a store all at once; zarr tells the first error while it still writes other chunks, which are waited for"
+    import zarr
+    from zarr.core.sync import sync
+    async def settle() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+    with atomic(path, on_exists, folder=True) as t:
+        try: yield zarr.create_group(str(t), zarr_format=version, attributes=dict(attributes or {}))
+        except BaseException:
+            sync(settle())
+            raise
+
 def _fill(array: Any, vol: Volume) -> None:
     "Copy a volume into an array, one row of chunks at a time"
     lead = (slice(None),)*(len(vol.axes) - 3)
@@ -329,10 +350,8 @@ def write_zarr(
     if shards is not None and version == 2: raise DataError("shards: exist in version 3 of zarr only")
     sizes = _chunks_for(vol.data.shape, chunks, shards)
     if not check_output(path, on_exists): return path
-    import zarr
-    with atomic(path, folder=True) as t:
+    with new_store(path, version=version) as group:
         where = {"axes": list(vol.axes), "affine": vol.affine.tolist(), "affine_maps": "stored index to RAS+ mm"}
-        group = zarr.create_group(str(t), zarr_format=version)
         lead = (1,)*(len(vol.axes) - 3)
         array = create_array(group, name, vol.data.shape, vol.dtype, sizes, attributes=where,
                              shards=None if shards is None else (*lead, *shards))
@@ -392,9 +411,7 @@ def write_ome_zarr(
     three = version == "0.5"
     old = {"multiscales": [{**image, "version": "0.4"}]}
     attributes = {"ome": {"version": "0.5", "multiscales": [image]}} if three else old
-    import zarr
-    with atomic(path, folder=True) as t:
-        group = zarr.create_group(str(t), zarr_format=3 if three else 2, attributes=attributes)
+    with new_store(path, version=3 if three else 2, attributes=attributes) as group:
         current = vol
         for k in range(levels):
             array = create_array(group, str(k), current.data.shape, vol.dtype, _chunks_for(current.data.shape, chunks))

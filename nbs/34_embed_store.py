@@ -30,14 +30,14 @@ import torch.nn.functional as F
 
 from medvol_nb.body import body_mask
 from medvol_nb.checkpoints import Precision, autocast_for, device_for
-from medvol_nb.core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, fingerprint,
+from medvol_nb.core import (DataError, FormatError, MissingFile, OnExists, check_output, fingerprint,
                             inside, read_csv, read_json, rng_for, write_csv)
 from medvol_nb.embed.data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of, list_scans, net_grid, net_volume,
                                   network_volume)
 from medvol_nb.embed.model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
 from medvol_nb.geometry import Volume, resample_to
 from medvol_nb.parallel import BatchError, Ledger, describe, pmap
-from medvol_nb.stores import as_format_error, create_array
+from medvol_nb.stores import as_format_error, create_array, new_store
 from medvol_nb.volume import format_of, read_volume, stem_of
 
 # %%
@@ -363,7 +363,6 @@ def write_embedding(
     if dtype not in ("int8", "float16"): raise DataError(f"dtype: must be int8 or float16, got {dtype!r}")
     if not Path(path).name.endswith(".zarr"): raise DataError(f"{path}: an embedding store ends in .zarr")
     if not check_output(path, on_exists): return Path(path)
-    import zarr
     arrays, scales = {}, {}
     for head in emb.maps:
         m = emb.vectors(head)
@@ -377,8 +376,7 @@ def write_embedding(
     attrs = {"version": VERSION, "model": emb.model, "grid": emb.grid.to_dict(), "native": emb.native.to_dict(),
              "scales": scales, "stretch": emb.stretch, "differences": sorted(changed), "info": info}
     attrs = json.loads(json.dumps(attrs))
-    with atomic(path, folder=True) as t:
-        group = zarr.create_group(str(t), zarr_format=3, attributes={**attrs, "digest": fingerprint(attrs)})
+    with new_store(path, attributes={**attrs, "digest": fingerprint(attrs)}) as group:
         for name, a in arrays.items():
             chunks = (*a.shape[:-3], *(min(c, n) for c, n in zip(CHUNK, a.shape[-3:])))
             array = create_array(group, name, a.shape, a.dtype, chunks)

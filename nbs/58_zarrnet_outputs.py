@@ -30,7 +30,7 @@ import numpy as np
 
 from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, _fsync,
                             atomic, optional, plain, read_json, remove_tree, write_json, write_text)
-from medvol_nb.stores import as_format_error, create_array, downsample2, packers_for
+from medvol_nb.stores import as_format_error, create_array, downsample2, new_store, packers_for
 from medvol_nb.zarrnet.columns import room_in
 from medvol_nb.zarrnet.config import Target, infer_kind
 
@@ -335,15 +335,13 @@ def create_predictions(
     on_exists: OnExists = "error", # what to do when `path` is there already
 ) -> "Predictions": # empty
     "Make a store with all its arrays and no voxels"
-    import zarr
     packing = form.compressor or {"name": "zstd", "level": 1}
     packers_for(packing, form.version)
     if len({form.names(e.target)[0] for e in encodings}) < len(encodings):
         raise ConfigError(f"array_name: {form.array_name!r} gives several targets the same name")
     told = {k: {n: x for n, x in v.items() if n != "content"} if isinstance(v, dict) else v # dates of input files
             for k, v in plain(key).items()}
-    with atomic(path, on_exists, folder=True) as t:
-        root = zarr.create_group(str(t), zarr_format=form.version)
+    with new_store(path, on_exists, version=form.version) as root:
         for e in encodings:
             names, shape = form.names(e.target), form.shape
             about = e.attributes() | {"run": told, "spacing_mm": list(form.spacing)}
@@ -355,8 +353,9 @@ def create_predictions(
                              attributes=about | {"axes": ["c"]*len(e.lead) + list("zyx")}, compressor=packing,
                              nested=True)
                 shape = tuple(-(-n//2) for n in shape)
-        (t/PROGRESS).mkdir()
-        write_json(t/PROGRESS/"run.json", {"version": 1, "key": key, "columns": columns})
+        progress = Path(root.store.root)/PROGRESS
+        progress.mkdir()
+        write_json(progress/"run.json", {"version": 1, "key": key, "columns": columns})
     return Predictions(path, encodings, form, resumed=False)
 
 # %% [markdown]

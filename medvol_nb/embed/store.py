@@ -23,14 +23,14 @@ import torch.nn.functional as F
 
 from ..body import body_mask
 from ..checkpoints import Precision, autocast_for, device_for
-from ..core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, fingerprint,
+from ..core import (DataError, FormatError, MissingFile, OnExists, check_output, fingerprint,
                             inside, read_csv, read_json, rng_for, write_csv)
 from .data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of, list_scans, net_grid, net_volume,
                                   network_volume)
 from .model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
 from ..geometry import Volume, resample_to
 from ..parallel import BatchError, Ledger, describe, pmap
-from ..stores import as_format_error, create_array
+from ..stores import as_format_error, create_array, new_store
 from ..volume import format_of, read_volume, stem_of
 
 # %% ../../nbs/34_embed_store.ipynb #interpolation_matrix
@@ -263,7 +263,6 @@ def write_embedding(
     if dtype not in ("int8", "float16"): raise DataError(f"dtype: must be int8 or float16, got {dtype!r}")
     if not Path(path).name.endswith(".zarr"): raise DataError(f"{path}: an embedding store ends in .zarr")
     if not check_output(path, on_exists): return Path(path)
-    import zarr
     arrays, scales = {}, {}
     for head in emb.maps:
         m = emb.vectors(head)
@@ -277,8 +276,7 @@ def write_embedding(
     attrs = {"version": VERSION, "model": emb.model, "grid": emb.grid.to_dict(), "native": emb.native.to_dict(),
              "scales": scales, "stretch": emb.stretch, "differences": sorted(changed), "info": info}
     attrs = json.loads(json.dumps(attrs))
-    with atomic(path, folder=True) as t:
-        group = zarr.create_group(str(t), zarr_format=3, attributes={**attrs, "digest": fingerprint(attrs)})
+    with new_store(path, attributes={**attrs, "digest": fingerprint(attrs)}) as group:
         for name, a in arrays.items():
             chunks = (*a.shape[:-3], *(min(c, n) for c, n in zip(CHUNK, a.shape[-3:])))
             array = create_array(group, name, a.shape, a.dtype, chunks)
