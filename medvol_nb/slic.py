@@ -307,7 +307,7 @@ class _Cells:
         "(cells, q, columns) int8: the nearest of the 27 candidates of each voxel"
         seeds, c = self.seeds(), self.c
         n, columns = len(self.used), self.data.shape[3]
-        step = max(1, (2**18 if self.device.type == "cpu" else 2**27)//(27*columns))
+        step = max(1, (2**19 if self.device.type == "cpu" else 2**27)//(27*columns))
         nearest = torch.full((n, self.q, columns), -1, dtype=torch.int8, device=self.device)
         sums = torch.empty(n, 27, c + 4, dtype=torch.float64, device=self.device)
         numbers = torch.arange(27, dtype=torch.int32, device=self.device)[:, None]
