@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 INPUTS := settings.ini setup.py constraints.txt
 QUICK := not slow and not gpu and not net and not browser and not diffusion
 
-.PHONY: demo test notebooks pytest test-faults test-slow docs lint check bench doctor clean
+.PHONY: demo test notebooks pytest test-faults test-slow test-browser docs lint check bench doctor clean
 demo: $(VENV)/.installed-demo ## real brain -> dataset -> report (medvol_demo/report.html)
 	$(BIN)/medvol demo --out medvol_demo
 
@@ -20,6 +20,9 @@ pytest: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test ## the tests that take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu and not net and not browser"
+
+test-browser: $(VENV)/.installed-test ## the viewers in JupyterLab, needs a Chromium on the system
+	$(BIN)/python -m pytest -q -m browser
 
 test-faults: $(VENV)/.installed-test ## every injected fault, with a summary
 	$(BIN)/python -m tests.faults.report

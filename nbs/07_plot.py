@@ -130,15 +130,17 @@ def _grey(img: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"): grey = (np.asarray(img, np.float64) - lo)/(hi - lo)
     return np.clip(np.nan_to_num(grey, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
 
-def _rim(lbl: np.ndarray) -> np.ndarray:
+def rim(
+    lbl: np.ndarray, # (row, column) integer labels or bool
+) -> np.ndarray: # (row, column) bool
     "Pixels of a label that touch another value above, below, left or right"
-    rim = np.zeros(lbl.shape, bool)
+    found = np.zeros(lbl.shape, bool)
     for d in range(2):
         a, b = (tuple(slice(*s) if k == d else slice(None) for k in range(2)) for s in ((1, None), (None, -1)))
         change = lbl[a] != lbl[b]
-        rim[a] |= change
-        rim[b] |= change
-    return rim & (lbl != 0)
+        found[a] |= change
+        found[b] |= change
+    return found & (lbl != 0)
 
 def overlay(
     grey2d: np.ndarray, # (row, column) intensities of any dtype
@@ -155,7 +157,7 @@ def overlay(
         raise DataError(f"overlay: image {grey2d.shape} and labels {lbl2d.shape} differ in shape")
     if not 0 <= alpha <= 1: raise DataError(f"overlay: alpha must be 0...1, got {alpha!r}")
     colours = label_colours(lbl2d)
-    weight = np.where(_rim(lbl2d), 1.0, 0.0) if outline else np.where(lbl2d != 0, alpha, 0.0)
+    weight = np.where(rim(lbl2d), 1.0, 0.0) if outline else np.where(lbl2d != 0, alpha, 0.0)
     return _grey(grey2d, limits)[..., None]*(1 - weight[..., None]) + colours*weight[..., None]
 
 # %%

@@ -439,7 +439,7 @@ old = legacy_supervoxels(replace(scan, data=case.img[::2, ::2, ::2]), grey_and_e
 # %% [markdown]
 # ## Choosing by eye
 # The features of a scan cost more than the clustering. `explore` computes them once and clusters again when a slider
-# moves.
+# moves. It is the [slice browser](07c_widgets.ipynb) with two more sliders.
 
 # %%
 #| export
@@ -448,31 +448,38 @@ def explore(
     *,
     features: Any = "intensity", # as in `supervoxels`
     settings: SupervoxelSettings | None = None, # where the sliders start
-) -> Any: # ipywidgets box; its `result` attribute holds the last `SupervoxelResult`
-    "Sliders for number and compactness over three planes with the borders of the supervoxels"
+) -> Any: # `widgets.Panel` with the controls segments and compactness; `result` is the last `SupervoxelResult`
+    "Sliders for number and compactness beside the slice browser, with the borders of the supervoxels"
     import ipywidgets as w
 
-    from medvol_nb import plot
+    from medvol_nb.slices import Layer, Planes, label_paint
+    from medvol_nb.widgets import browse
     cfg = settings or SupervoxelSettings()
     name, ready = _encoder_name(features), _prepare(vol, cfg)
     found = _features(ready, features, cfg)
     number = w.IntSlider(cfg.n_segments, 10, 2000, 10, description="segments", continuous_update=False)
     shape = w.FloatSlider(cfg.compactness, min=0, max=1, step=0.05, description="compactness", continuous_update=False)
-    picture, text = w.Image(format="png"), w.Label()
-    box = w.VBox([w.HBox([number, shape, text]), picture])
-    def draw(_=None) -> None:
+    text = w.Label()
+    def cluster() -> SupervoxelResult:
         now = cfg.model_copy(update={"n_segments": number.value, "compactness": shape.value, "target_volume_ml": None})
-        box.result = _result(ready, _cluster(ready, found, now, "cpu"), name, now, "RAS")
-        text.value = f"{box.result.info['n']} supervoxels, median {box.result.info['median_ml']:.3g} mL"
-        fig = plot.planes(ready.ras.data, box.result.labels.data, ready.ras.spacing)
-        picture.value = plot.png_bytes(fig)
-    for slider in (number, shape): slider.observe(draw, "value")
-    draw()
-    return box
+        out = _result(ready, _cluster(ready, found, now, "cpu"), name, now, "RAS")
+        text.value = f"{out.info['n']} supervoxels, median {out.info['median_ml']:.3g} mL"
+        return out
+    first = cluster()
+    over = Planes(first.labels)
+    def again(_: Any) -> None:
+        panel.result = cluster()
+        over.vol = panel.result.labels
+    for slider in (number, shape): slider.observe(again, "value") # before the panel's own observer, which draws
+    panel = browse(Planes(ready.ras), {"supervoxels": Layer(over, label_paint)}, opacity=1,
+                   extra={"segments": number, "compactness": shape})
+    panel.result, panel.outline.value, panel.box.children = first, True, (*panel.box.children, text)
+    return panel
 
 # %%
 sliders = explore(scan, settings=SupervoxelSettings(n_segments=60))
-before = sliders.children[1].value
-sliders.children[0].children[0].value = 200
-after = sliders.children[1].value
+before = sliders.picture.value
+sliders.segments.value = 200
+after = sliders.picture.value
 assert sliders.result.info["n"] == 200 and after[:4] == b"\x89PNG" and after != before
+sliders

@@ -13,8 +13,6 @@
 
 # %%
 #| export
-import base64
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,11 @@ from medvol_nb.core import DataError, OnExists
 from medvol_nb.embed.match import Matcher, Matches
 from medvol_nb.geometry import Volume, reorient, resample, to_axes, to_index, to_world
 from medvol_nb.plot import save_figure, window_limits
+from medvol_nb.slices import Planes, blend, draw_cross, grey_bytes, heat_paint
+from medvol_nb.widgets import Panel, pixel_at
 
 # %%
 import time
-
-from IPython.display import Image
 
 from medvol_nb import phantoms
 from medvol_nb.core import raises
@@ -40,8 +38,8 @@ from medvol_nb.geometry import affine_from
 # ## A plane with a cross
 # For the screen a scan is turned to RAS and brought to one voxel size; a plane is shown with the patient's right on the
 # left and the head up. Scores are laid over in one colour, the stronger the nearer they are to the best: only the top
-# fifth of the range is seen, since everything in a body is somewhat similar. A picture remembers which world position
-# each pixel has, so a click is one product with a matrix.
+# fifth of the range is seen, since everything in a body is somewhat similar. Planes, colours and the cross are those of
+# [page 07b](07b_slices.ipynb), which know the world position of each pixel, so a click is one product with a matrix.
 
 # %%
 #| export
@@ -55,22 +53,14 @@ def shown(
     return resample(to_axes(reorient(vol, "RAS"), "xyz"), voxel_mm)
 
 def plane_of(
-    vol: Volume, # from `shown`
+    planes: Planes, # of a scan from `shown`
     at_mm: np.ndarray, # (3,) position the plane goes through, RAS+ [mm]
     axis: str = "axial", # or 'coronal', 'sagittal'
 ) -> tuple[np.ndarray, np.ndarray]: # (row, column) values, (4, 4) of pixel (row, column, 0) -> RAS+ [mm]
     "One plane through a position, head up, patient's right on the left"
-    if axis not in AXES: raise DataError(f"plane: axis must be one of {', '.join(AXES)}, got {axis!r}")
-    across = 2 - AXES.index(axis)
-    k = int(np.clip(np.rint(to_index(vol.affine, at_mm)[across]), 0, vol.shape[across] - 1))
-    columns, rows = [a for a in range(3) if a != across]
-    # rows go down, so from the head or the front; columns from the patient's left in the array, which is shown right
-    picture = np.take(vol.data, k, across).T[::-1, ::-1]
-    to_ijk = np.zeros((4, 4))
-    to_ijk[rows, 0], to_ijk[columns, 1], to_ijk[3, 3] = -1, -1, 1
-    to_ijk[across, 2] = 1
-    to_ijk[rows, 3], to_ijk[columns, 3], to_ijk[across, 3] = vol.shape[rows] - 1, vol.shape[columns] - 1, k
-    return picture, vol.affine @ to_ijk
+    index = np.rint(to_index(planes.vol.affine, at_mm))[planes.screen(axis).across]
+    k = int(np.clip(index, 0, planes.count(axis) - 1))
+    return planes.plane(axis, k), planes.vol.affine @ planes.matrix(axis, k)
 
 def painted(
     grey: np.ndarray, # (row, column) intensities
@@ -81,27 +71,22 @@ def painted(
     strength: float = 0.7, # of the colour where the score is the best
 ) -> np.ndarray: # (row, column, 3) uint8
     "A plane with scores over it and a cross"
-    base = np.repeat(np.clip((grey - limits[0])/max(limits[1] - limits[0], 1e-9), 0, 1)[..., None], 3, -1)
-    if heat is not None:
-        weight = strength*np.clip(1 - (top - heat)/0.2, 0, 1)[..., None]
-        base = base + weight*(np.array([1.0, 0.3, 0.05]) - base)
-    out = np.round(255*np.clip(base, 0, 1)).astype(np.uint8)
-    if cross is not None:
-        r, c = (int(np.clip(round(v), 0, n - 1)) for v, n in zip(cross, grey.shape))
-        for lines in (out[r, :max(0, c - 3)], out[r, c + 4:], out[:max(0, r - 3), c], out[r + 4:, c]):
-            lines[:] = (lines//2 + np.array([0, 110, 60], np.uint8))
-    return out
+    base = grey_bytes(grey, limits)
+    rgb = np.repeat(base[..., None], 3, -1) if heat is None else \
+        blend(base, *heat_paint(heat, (top - 0.2, top)), strength)
+    if cross is not None: draw_cross(rgb, *cross)
+    return rgb
 
 # %%
 body = phantoms.abdomen((48, 36, 42), seed=1)
 scan = Volume(body.img, affine_from(body.spacing, origin=(-100.0, 20.0, 5.0)))
 seen = shown(scan, 6.0)
 middle = to_world(seen.affine, (np.array(seen.shape) - 1)/2)
-picture, to_mm = plane_of(seen, middle, "coronal")
+picture, to_mm = plane_of(Planes(seen), middle, "coronal")
 corner = to_world(seen.affine, [seen.shape[0] - 1, 0, seen.shape[2] - 1])
 assert np.abs(to_world(to_mm, [0, 0, 0]) - corner)[[0, 2]].max() < 1e-9
 assert np.array_equal(picture, seen.data[:, int(np.rint((seen.shape[1] - 1)/2))].T[::-1, ::-1])
-with raises(DataError, match="got 'oblique'"): plane_of(seen, middle, "oblique")
+with raises(DataError, match="no plane 'oblique'"): plane_of(Planes(seen), middle, "oblique")
 
 # %% [markdown]
 # ## Both sides
@@ -122,6 +107,7 @@ class LinkedView:
         at_mm: np.ndarray | None = None, # (3,) first position, RAS+ [mm]; None: the middle
     ):
         self.matcher, self.vols = matcher, (shown(first, voxel_mm), shown(second, voxel_mm))
+        self.planes = tuple(Planes(v) for v in self.vols)
         self.limits = tuple(window_limits(v.data) for v in self.vols)
         middle = to_world(self.vols[0].affine, (np.array(self.vols[0].shape) - 1)/2)
         self.strength = 0.7
@@ -155,7 +141,7 @@ class LinkedView:
     ) -> tuple[np.ndarray, np.ndarray]: # (row, column, 3) uint8, (4, 4) of pixel (row, column, 0) -> RAS+ [mm]
         "Picture of one plane through the point or its match"
         at = (self.match.points if side == 0 else self.match.matched)[0]
-        grey, to_mm = plane_of(self.vols[side], at, axis)
+        grey, to_mm = plane_of(self.planes[side], at, axis)
         heat = self.heat(to_mm, grey.shape) if side else None
         top = float(max(self.match.score[0], self._heat.data.max()))
         cross = to_index(to_mm, at)[:2]
@@ -209,38 +195,9 @@ view.text()
 
 # %% [markdown]
 # ## The widget
-# Three sliders move the cross; with the `view` extra a click into a plane of the left scan does the same. `box.view` is
-# the `LinkedView`, and `box.click(axis, row, column)` is what a click calls, so the widget can be driven from code.
-
-# %%
-#| export
-_ESM = """
-export default { render({ model, el }) {
-  const img = document.createElement("img");
-  const draw = () => { img.src = "data:image/png;base64," + model.get("png"); img.height = model.get("height"); };
-  img.style.cursor = "crosshair";
-  img.addEventListener("click", (e) => {
-    const r = img.getBoundingClientRect();
-    model.set("clicked", [(e.clientY - r.top)/r.height, (e.clientX - r.left)/r.width, Date.now()]);
-    model.save_changes();
-  });
-  model.on("change:png", draw); draw(); el.appendChild(img);
-} };
-"""
-
-def _clickable(height: int, on: Any) -> Any:
-    "Picture that tells where it was clicked, as shares of its height and width; None without the `view` extra"
-    try: import anywidget
-    except ImportError: return None
-    import traitlets
-    class ClickablePicture(anywidget.AnyWidget):
-        _esm = _ESM
-        png = traitlets.Unicode("").tag(sync=True)
-        height = traitlets.Int(260).tag(sync=True)
-        clicked = traitlets.List([]).tag(sync=True)
-    picture = ClickablePicture(height=height)
-    picture.observe(lambda change: on(*change["new"][:2]), "clicked")
-    return picture
+# Three sliders move the cross; with the `view` extra a click into a plane of the first scan does the same, and the
+# wheel goes through its planes. `view` of the panel is the `LinkedView`; `event` is what a click calls, so the widget
+# can be driven from code.
 
 # %%
 #| export
@@ -250,72 +207,61 @@ def linked(
     matcher: Matcher, # of their embeddings, in this order
     *,
     voxel_mm: float = 2.0, # for the screen [mm]
-    height: int = 260, # of a picture [pixel]
-) -> Any: # ipywidgets box; `view`, `click`, `sliders` and `pictures` are its parts
+    height: int = 260, # longer side of a picture on the screen [pixel]
+) -> Panel: # controls axial, coronal, sagittal, similarity; pictures (side, axis); `view` is the `LinkedView`
     "Linked viewers: point in the first scan, see the match in the second"
     import ipywidgets as w
-    from PIL import Image as Picture
     view = LinkedView(first, second, matcher, voxel_mm=voxel_mm)
-    vol, text = view.vols[0], w.Label()
-    pictures = {(side, axis): w.Image(format="png") for side in (0, 1) for axis in AXES}
-    pixels: dict[tuple[int, str], np.ndarray] = {}
-    def hit(axis: str, down: float, right: float) -> None:
-        rows, columns = sizes[axis]
-        click(axis, down*rows - 0.5, right*columns - 0.5)
-    sizes: dict[str, tuple[int, int]] = {}
-    clickable = {a: _clickable(height, lambda down, right, a=a: hit(a, down, right)) for a in AXES}
-    start = np.rint(to_index(vol.affine, view.match.points[0])).astype(int)
-    sliders = [w.IntSlider(int(v), 0, n - 1, description=d, continuous_update=False)
-               for v, n, d in zip(start, vol.shape, ("left-right", "back-front", "feet-head"))]
-    strength = w.FloatSlider(0.7, min=0, max=1, step=0.1, description="similarity", continuous_update=False)
-    def draw(_: Any = None) -> None:
-        view.strength = strength.value
-        for (side, axis), widget in pictures.items():
-            rgb, pixels[side, axis] = view.plane(side, axis)
-            out = io.BytesIO()
-            Picture.fromarray(rgb).save(out, "PNG")
-            widget.value, widget.height = out.getvalue(), str(height)
-            if side == 0: sizes[axis] = rgb.shape[:2]
-            if side == 0 and (picture := clickable[axis]): picture.png = base64.b64encode(out.getvalue()).decode()
-            widget.width = str(max(1, round(height*rgb.shape[1]/rgb.shape[0])))
-        text.value = view.text()
-    def go(at_mm: np.ndarray) -> None:
-        view.point(at_mm)
-        for s, v in zip(sliders, np.rint(to_index(vol.affine, view.match.points[0])).astype(int)):
-            s.unobserve(slid, "value")
-            s.value = int(np.clip(v, 0, s.max))
-            s.observe(slid, "value")
-        draw()
-    def slid(_: Any) -> None: go(to_world(vol.affine, [s.value for s in sliders]))
-    def click(axis: str, row: float, column: float) -> None: go(to_world(pixels[0, axis], [row, column, 0]))
-    for s in sliders: s.observe(slid, "value")
-    strength.observe(draw, "value")
-    draw()
-    rows = [w.HBox([(clickable[a] if side == 0 and clickable[a] is not None else pictures[side, a]) for a in AXES])
-            for side in (0, 1)]
-    box = w.VBox([rows[0], w.HBox([*sliders, strength]), text, rows[1]])
-    box.view, box.click, box.pictures, box.sliders, box.clickable = view, click, pictures, sliders, clickable
-    return box
+    planes = view.planes[0]
+    def place() -> dict[str, int]: # of the point, for each slider
+        at = np.rint(to_index(planes.vol.affine, view.match.points[0])).astype(int)
+        return {a: int(np.clip(at[planes.screen(a).across], 0, planes.count(a) - 1)) for a in AXES}
+    controls = {a: w.IntSlider(k, 0, planes.count(a) - 1, description=a, continuous_update=False)
+                for a, k in place().items()}
+    controls["similarity"] = w.FloatSlider(0.7, min=0, max=1, step=0.1, description="similarity")
+    longest = max(v for p in view.planes for a in AXES for v in p.extent(a))
+
+    def draw(panel: Panel) -> None:
+        view.strength = panel.similarity.value
+        if {a: panel.controls[a].value for a in AXES} != place():
+            index = np.zeros(3)
+            for a in AXES: index[planes.screen(a).across] = panel.controls[a].value
+            view.point(to_world(planes.vol.affine, index))
+        for side, axis in panel.pictures: panel.show((side, axis), view.plane(side, axis)[0],
+                                                     view.planes[side].extent(axis), longest)
+        panel.tell(view.text())
+
+    def happened(panel: Panel, name: Any, event: tuple) -> None:
+        (side, axis), (kind, a, b) = name, event
+        if side: return # only the first scan is pointed at
+        if kind == "turn": return panel.set(axis, panel.controls[axis].value + int(a))
+        grey, to_mm = plane_of(planes, view.match.points[0], axis)
+        view.point(to_world(to_mm, [*pixel_at(grey.shape, a, b), 0]))
+        for n, k in place().items(): panel.set(n, k)
+        panel.redraw()
+
+    rows = [[(side, axis) for axis in AXES] for side in (0, 1)]
+    return Panel(controls, rows, draw, happened, size=height, view=view)
 
 # %%
 box = linked(scan, other, view.matcher, voxel_mm=4.0)
 before = box.pictures[1, "axial"].value
-box.click("axial", 20, 25)
-Image(box.pictures[1, "axial"].value, width=260)
+box.event((0, "axial"), "click", 0.6, 0.4)
+box
 
 # %%
 clicked = box.view.match.points[0]
 assert box.pictures[1, "axial"].value != before
 assert np.abs(box.view.match.matched[0] - there(clicked)).max() < 1.5
-box.sliders[0].value = 8
+box.sagittal.value = 8
 assert abs(to_index(box.view.vols[0].affine, box.view.match.points[0])[0] - 8) < 1e-6
 
 # %% [markdown]
-# A click as the browser reports it, as shares of the picture's height and width.
+# A click is given as the browser reports it, as shares of the picture's height and width; the right of the patient is
+# on the left.
 
 # %%
-if box.clickable["coronal"] is not None:
-    box.clickable["coronal"].clicked = [0.5, 0.25, 1]
-    moved = to_index(box.view.vols[0].affine, box.view.match.points[0])
-    assert abs(moved[0] - 0.75*box.view.vols[0].shape[0]) < 1.5 and abs(moved[2] - box.view.vols[0].shape[2]/2) < 1.5
+box.event((0, "coronal"), "click", 0.5, 0.25)
+moved = to_index(box.view.vols[0].affine, box.view.match.points[0])
+assert abs(moved[0] - 0.75*box.view.vols[0].shape[0]) < 1.5 and abs(moved[2] - box.view.vols[0].shape[2]/2) < 1.5
 box.view.text()

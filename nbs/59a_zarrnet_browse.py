@@ -13,7 +13,6 @@
 
 # %%
 #| export
-import io
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,9 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from medvol_nb.core import DataError, FormatError
-from medvol_nb.plot import label_colours, window_limits
+from medvol_nb.plot import window_limits
+from medvol_nb.slices import Layer, Paint, Planes, blend, grey_bytes, heat_paint, label_paint, layer
 from medvol_nb.stores import as_format_error
 from medvol_nb.zarrnet.geometry import decode_normals, normals_rgb
+from medvol_nb.widgets import Panel, browse
 from medvol_nb.zarrnet.io import ChunkedVolume, open_volume
 
 # %%
@@ -41,29 +42,8 @@ from medvol_nb.zarrnet.infer import predict_volume
 
 # %% [markdown]
 # ## One slice
-# Across an axis, an array of one slice is read and the axis dropped. Of a large one every second or third voxel is
-# kept, after reading: chunks are the unit that costs.
-
-# %%
-#| export
-AXES = ("z", "y", "x")
-
-def read_slice(
-    vol: ChunkedVolume, # from `open_volume`
-    axis: Literal["z", "y", "x"] = "z", # across which
-    index: int = 0, # where along it [voxel]
-    most: int = 1024, # rows and columns at most; larger slices are thinned out
-) -> np.ndarray: # (row, column) or (c, row, column), as stored
-    "One slice of a chunked volume"
-    if axis not in AXES: raise DataError(f"read_slice: axis must be one of {', '.join(AXES)}, got {axis!r}")
-    k = AXES.index(axis)
-    if not 0 <= index < vol.shape[k]:
-        raise DataError(f"read_slice: {axis} must be 0...{vol.shape[k] - 1}, got {index}")
-    box = [slice(None)]*3
-    box[k] = slice(index, index + 1)
-    plane = np.squeeze(vol[tuple(box)], axis=k - 3)
-    step = max(1, -(-max(plane.shape[-2:])//most))
-    return plane[..., ::step, ::step]
+# A slice is read by [the slices of page 07b](07b_slices.ipynb): rows of chunks across its axis are decoded once and
+# kept for a while, and a slice that is larger than a screen is thinned out.
 
 # %%
 place = tempfile.TemporaryDirectory()
@@ -71,11 +51,12 @@ root = Path(place.name)
 roll = phantoms.sheets((40, 72, 88))
 write_zarr(Volume(roll.img, affine_from(1.0, axes="zyx"), "zyx"), root/"ct.zarr", chunks=16)
 ct = open_volume(root/"ct.zarr")
-[read_slice(ct, a, 20).shape for a in AXES]
+slices = Planes(ct)
+[slices.plane(a, 20).shape for a in slices.names]
 
 # %%
-assert np.array_equal(read_slice(ct, "y", 30), roll.img[:, 30]) and read_slice(ct, "z", 3, most=40).shape == (24, 30)
-with raises(DataError, match="x must be 0...87, got 88"): read_slice(ct, "x", 88)
+assert np.array_equal(slices.plane("y", 30), roll.img[:, 30]) and Planes(ct, most=40).plane("z", 3).shape == (24, 30)
+with raises(DataError, match="x: must be 0...87, got 88"): slices.plane("x", 88)
 
 # %% [markdown]
 # ## Colours over grey
@@ -85,6 +66,25 @@ with raises(DataError, match="x must be 0...87, got 88"): read_slice(ct, "x", 88
 
 # %%
 #| export
+def vector_paint(
+    plane: np.ndarray, # (3, row, column) vectors, floats or as stored
+) -> tuple[np.ndarray, np.ndarray]: # colours (row, column, 3) and weights (row, column)
+    "Directions as colours; a vector of length zero is background"
+    if plane.ndim != 3 or len(plane) != 3: raise DataError(f"vectors: needs (3, row, column), got {plane.shape}")
+    v = decode_normals(plane)
+    return 255*normals_rgb(v), v.any(0)
+
+def _first(paint: Paint) -> Paint:
+    "A paint for planes that may have an axis of one channel"
+    return lambda plane: paint(plane[0] if plane.ndim == 3 and len(plane) == 1 else plane)
+
+def paint_of(
+    channels: int | None, # of what is laid over
+    labels: bool = False, # integers of one channel are labels, not probabilities
+) -> Paint: # how it looks
+    "Vectors as colours, labels in theirs, anything else as a probability"
+    return vector_paint if channels == 3 else _first(label_paint if labels else heat_paint)
+
 def tinted(
     grey: np.ndarray, # (row, column) intensities
     found: np.ndarray | None, # (row, column) probabilities or labels, (3, row, column) vectors; None: nothing
@@ -94,22 +94,9 @@ def tinted(
     labels: bool = False, # integers are labels, not probabilities
 ) -> np.ndarray: # (row, column, 3) uint8
     "A grey slice with a prediction over it"
-    if not 0 <= opacity <= 1: raise DataError(f"tinted: opacity must be in [0, 1], got {opacity!r}")
-    low, high = limits or window_limits(grey)
-    base = np.repeat(np.clip((grey.astype(np.float32) - low)/max(high - low, 1e-9), 0, 1)[..., None], 3, -1)
-    if found is not None:
-        if found.ndim == 3 and len(found) == 1: found = found[0]
-        if found.shape[-2:] != grey.shape or found.ndim > 2 and len(found) != 3:
-            raise DataError(f"tinted: needs (row, column) or (3, row, column) over {grey.shape}, got {found.shape}")
-        if found.ndim == 3:
-            v = decode_normals(found)
-            colour, weight = normals_rgb(v), v.any(0)
-        elif labels: colour, weight = label_colours(found), found != 0
-        else:
-            top = np.iinfo(found.dtype).max if found.dtype.kind in "ui" else 1
-            colour, weight = np.float32([1.0, 0.25, 0.1]), np.clip(found.astype(np.float32)/top, 0, 1)
-        base = base + opacity*np.asarray(weight, np.float32)[..., None]*(colour - base)
-    return np.round(255*np.clip(base, 0, 1)).astype(np.uint8)
+    base = grey_bytes(grey, limits or window_limits(grey))
+    if found is None: return np.repeat(base[..., None], 3, -1)
+    return blend(base, *paint_of(len(found) if found.ndim == 3 else None, labels)(found), opacity)
 
 # %%
 normals = roll.normals[::-1]
@@ -124,8 +111,8 @@ with raises(DataError, match="over"): tinted(roll.img[20], roll.mask[20, 1:])
 # %% [markdown]
 # ## Walking
 # `predict` writes a group with an array for each target; all of them can be chosen. Chunks that were decoded are kept
-# for a while, since the next slice needs the same ones. The scale of grey is that of the middle slice and stays, so
-# that brightness means the same everywhere.
+# for a while, since the next slice needs the same ones. The scale of grey is that of the middle slice and stays until
+# the window is moved, so that brightness means the same everywhere.
 
 # %%
 #| export
@@ -159,49 +146,13 @@ def walk(
     channel: int = 0, # of a volume with channels
     most: int = 768, # rows and columns at most; larger slices are thinned out
     cache_gb: float = 0.25, # decoded chunks kept for the next slices [GB]
-) -> Any: # ipywidgets box; `axis`, `slice`, `opacity`, `target` and `picture` are its parts
+) -> Panel: # controls view, slice, window, opacity and layer; `picture`
     "Walk through a volume with its prediction laid over it"
-    import ipywidgets as w
-    from PIL import Image as Picture
-    cache = int(cache_gb*1e9/2)
-    vol = volume if isinstance(volume, ChunkedVolume) else open_volume(volume, cache_bytes=cache)
-    layers = predictions_in(prediction, cache)
-    for name, layer in layers.items():
-        if layer.shape != vol.shape:
-            raise DataError(f"walk: {name!r} has shape {layer.shape}, the volume {vol.shape}. Is it of this volume?")
-    if not 0 <= channel < (vol.channels or 1): raise DataError(f"walk: channel {channel} of {vol.channels or 1}")
-    def grey(at: str, k: int) -> np.ndarray:
-        plane = read_slice(vol, at, k, most)
-        return plane if plane.ndim == 2 else plane[channel]
-    def middle(at: str) -> int: return vol.shape[AXES.index(at)]//2
-    limits, begin = window_limits(grey(axis, middle(axis))), middle(axis) if index is None else index
-    box = w.VBox()
-    box.axis = w.ToggleButtons(options=AXES, value=axis, description="across")
-    box.slice = w.IntSlider(begin, 0, vol.shape[AXES.index(axis)] - 1, description="slice", continuous_update=False)
-    box.opacity = w.FloatSlider(opacity, min=0, max=1, step=0.05, description="opacity", continuous_update=False)
-    box.target = w.Dropdown(options=[*layers, "none"], description="shown")
-    box.picture = w.Image(format="png")
-    def draw(_: Any = None) -> None:
-        at, k = box.axis.value, box.slice.value
-        found = None if box.target.value == "none" else read_slice(layers[box.target.value], at, k, most)
-        rgb = tinted(grey(at, k), found, box.opacity.value, limits=limits, labels=labels)
-        out = io.BytesIO()
-        Picture.fromarray(rgb).save(out, "PNG")
-        tall, wide = (n*s for n, s, a in zip(vol.shape, vol.spacing or (1, 1, 1), AXES) if a != at)
-        box.picture.width, box.picture.height = (str(max(1, round(640*v/max(tall, wide)))) for v in (wide, tall))
-        box.picture.value = out.getvalue()
-    def turn(_: Any) -> None:
-        "Another axis has another number of slices; the picture is drawn once, with the new one"
-        box.slice.unobserve(draw, "value")
-        box.slice.max = vol.shape[AXES.index(box.axis.value)] - 1
-        box.slice.value = middle(box.axis.value)
-        box.slice.observe(draw, "value")
-        draw()
-    box.axis.observe(turn, "value")
-    for part in (box.slice, box.opacity, box.target): part.observe(draw, "value")
-    box.children = [w.HBox([box.axis, box.target]), w.HBox([box.slice, box.opacity]), box.picture]
-    draw()
-    return box
+    vol = volume if isinstance(volume, ChunkedVolume) else open_volume(volume)
+    parts = predictions_in(prediction)
+    image = Planes(vol, channel=channel, most=most, cache_bytes=int(cache_gb*1e9/(1 + len(parts))))
+    layers: dict[str, Layer] = {n: layer(p, image, paint_of(p.channels, labels), n) for n, p in parts.items()}
+    return browse(image, layers, view=axis, index=index, opacity=opacity, size=640)
 
 # %% [markdown]
 # A stand-in for a network sees sheets by their brightness and normals by the slope. Its predictions go into a store,
@@ -229,12 +180,12 @@ Image(box.picture.value, width=420)
 
 # %%
 before = box.picture.value
-box.target.value, box.axis.value, box.opacity.value = "sheet", "x", 0.8
+box.layer.value, box.view.value, box.opacity.value = "sheet", "x", 0.8
 Image(box.picture.value, width=420)
 
 # %%
 assert box.picture.value[:8] == b"\x89PNG\r\n\x1a\n" and box.picture.value != before
-assert box.target.options == ("normals", "sheet", "none") and box.slice.max == 87 and box.slice.value == 44
+assert box.layer.options == ("normals", "sheet", "none") and box.slice.max == 87 and box.slice.value == 44
 with raises(DataError, match="Is it of this volume?"): walk(ct, np.zeros((4, 4, 4), np.uint8))
 
 # %%

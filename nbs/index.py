@@ -20,6 +20,7 @@
 # | 40–44c | synthetic anatomy: templates, label ensembles, views, stores, contrastive pretraining, features |
 # | 50–59a | U-Nets for several targets on chunked volumes: stores, patches, training, prediction, seams |
 # | 60–63e | embryo time-lapses: archives, index, folders, fine-tuning, generation, quality, classifier |
+# | 80–81 | browsers: planes, overlays, labels, matched points, patches, data lists, runs |
 # | 85–87 | environment check, jobs with reports, the demo |
 # | 89–90 | signatures and the command line made from them |
 #

@@ -314,8 +314,8 @@ def test_explore_computes_features_once(scan):
         return intensity_features(vol.data, vol.spacing)
 
     box = explore(scan, features=features, settings=SupervoxelSettings(n_segments=40))
-    box.children[0].children[0].value = 60
-    box.children[0].children[1].value = 0.4
+    box.segments.value = 60
+    box.compactness.value = 0.4
     assert len(calls) == 1 and box.result.info["n"] == 60
     expected = supervoxels(scan, 60, features=features, compactness=0.4)
     assert (box.result.labels.data == expected.labels.data).all()
