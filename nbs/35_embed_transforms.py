@@ -103,7 +103,7 @@ assert close(np.linalg.det(mirrored[:3, :3]), 1.0, 1e-9)
 #
 # What can go wrong is part of the answer, not an exception: too few pairs that agree give `status="failed"` and the
 # reason; pairs in one plane or on one line determine less than was asked for, so the model is reduced and the status
-# says so.
+# says so. Pairs that agree on a mirror image fail too: no body is one, but a file with a wrong affine is.
 
 # %%
 #| export
@@ -179,6 +179,8 @@ def estimate_transform(
         if used != "translation" and size[1] < 1e-2*max(size[0], 1e-9):
             used, note = "translation", "the points lie on a line"
         matrix = fit_points(p, m, v*(limit**2/(limit**2 + r**2))**2, used)
+    if np.linalg.det(matrix[:3, :3]) <= 0:
+        return failed("the pairs agree on a mirror image; look at left and right of both images")
     residuals = np.full(n, np.inf)
     seen = np.isfinite(q).all(axis=1) & np.isfinite(k).all(axis=1)
     residuals[seen] = np.linalg.norm(to_world(matrix, q[seen]) - k[seen], axis=1)

@@ -339,6 +339,10 @@ def register(
 ) -> dict: # number of pairs and the folder
     "Register pairs of scans of any contrast, without an initial guess"
     pairs, out = _pairs(Path(fixed), None if moving is None else Path(moving)), Path(out)
+    for case in pairs:
+        if (n := len(os.fsencode(case)) + len("_known.nii.gz")) > 255:
+            raise DataError(f"{case}: names of its results would have {n} bytes, 255 bytes are the most. "
+                            "Use a shorter name")
     out.mkdir(parents=True, exist_ok=True)
     net, cfg = (None, None) if embedder is None else load_embedder(embedder, device)
     params = {"model": model, "deformable": deformable, "spacing": spacing, "max_angle": max_angle, "embedder": cfg}

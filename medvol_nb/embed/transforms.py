@@ -124,6 +124,8 @@ def estimate_transform(
         if used != "translation" and size[1] < 1e-2*max(size[0], 1e-9):
             used, note = "translation", "the points lie on a line"
         matrix = fit_points(p, m, v*(limit**2/(limit**2 + r**2))**2, used)
+    if np.linalg.det(matrix[:3, :3]) <= 0:
+        return failed("the pairs agree on a mirror image; look at left and right of both images")
     residuals = np.full(n, np.inf)
     seen = np.isfinite(q).all(axis=1) & np.isfinite(k).all(axis=1)
     residuals[seen] = np.linalg.norm(to_world(matrix, q[seen]) - k[seen], axis=1)
