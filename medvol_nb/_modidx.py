@@ -1631,6 +1631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'medvol_nb/embryo/scores.py'),
                                          'medvol_nb.embryo.scores._panels': ('embryo_scores.html#_panels', 'medvol_nb/embryo/scores.py'),
                                          'medvol_nb.embryo.scores._scores': ('embryo_scores.html#_scores', 'medvol_nb/embryo/scores.py'),
+                                         'medvol_nb.embryo.scores._written': ('embryo_scores.html#_written', 'medvol_nb/embryo/scores.py'),
                                          'medvol_nb.embryo.scores.confusion_figure': ( 'embryo_scores.html#confusion_figure',
                                                                                        'medvol_nb/embryo/scores.py'),
                                          'medvol_nb.embryo.scores.decode': ('embryo_scores.html#decode', 'medvol_nb/embryo/scores.py'),

@@ -13,7 +13,7 @@
 # %%
 #| export
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from medvol_nb import plot
-from medvol_nb.core import DataError, FormatError, OnExists, read_csv, write_csv
+from medvol_nb.core import DataError, FormatError, OnExists, OutputExists, read_csv, tmpdir, write_csv
 from medvol_nb.embryo.phases import PHASES, parse_label
 
 # %%
 from itertools import combinations_with_replacement
 
-from medvol_nb.core import raises, rng_for, tmpdir
+from medvol_nb.core import raises, rng_for
 
 # %% [markdown]
 # ## Figures and tables
@@ -85,6 +85,18 @@ def phase_metrics(
                "Mean_Phase_Error": float(off.mean())}
     return PhaseMetrics(confusion, classes, overall)
 
+def _written(write: Callable[[Path, OnExists], Any], path: Path, on_exists: OnExists) -> Path:
+    "Write a result; 'skip' leaves the same result alone and does not pass off an old one as new"
+    if on_exists != "skip" or not path.exists():
+        write(path, on_exists)
+        return path
+    with tmpdir() as d:
+        write(d/path.name, "error")
+        if (d/path.name).read_bytes() != path.read_bytes():
+            raise OutputExists(f"{path} holds other results than those found now. Choose another folder, or "
+                               "overwrite")
+    return path
+
 def write_metrics(
     found: PhaseMetrics, # figures
     folder: str | os.PathLike, # gets conf_mat.csv, norm_conf_mat.csv, class_metrics.csv and other_metrics.csv
@@ -97,7 +109,8 @@ def write_metrics(
     classes = [{"phase": p, **{k: v[c] for k, v in found.classes.items()}} for c, p in enumerate(PHASES)]
     tables = {"conf_mat": square(found.confusion), "norm_conf_mat": square(found.normalised), "class_metrics": classes,
               "other_metrics": [dict(found.overall)]}
-    return [write_csv(folder/f"{k}.csv", rows, on_exists=on_exists) for k, rows in tables.items()]
+    return [_written(lambda p, e, rows=rows: write_csv(p, rows, on_exists=e), folder/f"{k}.csv", on_exists)
+            for k, rows in tables.items()]
 
 def read_metrics(
     folder: str | os.PathLike, # written by `write_metrics`
@@ -125,9 +138,9 @@ def write_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     got = probs.argmax(1) if predicted is None else predicted
     rows = [{"id": i, **{f"class_prob_{c}": f"{v:.9g}" for c, v in enumerate(p)}} for i, p in zip(ids, probs)]
-    return (write_csv(folder/f"{name}_pred-prob.csv", rows, on_exists=on_exists),
-            write_csv(folder/f"{name}_pred-class.csv", [{"id": i, "class_pred": int(c)} for i, c in zip(ids, got)],
-                      on_exists=on_exists))
+    phases = [{"id": i, "class_pred": int(c)} for i, c in zip(ids, got)]
+    return tuple(_written(lambda p, e, t=t: write_csv(p, t, on_exists=e), folder/f"{name}_pred-{kind}.csv", on_exists)
+                 for kind, t in (("prob", rows), ("class", phases)))
 
 def read_predictions(
     path: str | os.PathLike, # '<name>_pred-prob.csv'
@@ -149,6 +162,8 @@ result = phase_metrics(truth, probs)
 with tmpdir() as d:
     write_metrics(result, d)
     write_predictions("noisy", ids, probs, d)
+    write_metrics(result, d, "skip")
+    with raises(OutputExists, match="holds other results"): write_metrics(phase_metrics(truth, probs[::-1]), d, "skip")
     files, back, (names, again) = sorted(p.name for p in d.iterdir()), read_metrics(d), read_predictions(
         d/"noisy_pred-prob.csv")
 files, {k: round(v, 3) for k, v in result.overall.items()}
@@ -217,7 +232,8 @@ def plot_metrics(
                "pr_auc": plot.bars(mean("PR_AUC"), title="mean area under the precision-recall curve")}
     figures["f1"].axes[0].set_xticks(range(len(PHASES)), PHASES, fontsize=6)
     figures |= {f"confusion_{k}": confusion_figure(m, k) for k, m in models.items()}
-    return [plot.save_figure(f, folder/f"{k}.png", on_exists) for k, f in figures.items()]
+    return [_written(lambda p, e, f=f: plot.save_figure(f, p, e), folder/f"{k}.png", on_exists)
+            for k, f in figures.items()]
 
 # %%
 confusion_figure(result, "six phases occur, sixteen are drawn")

@@ -223,7 +223,7 @@ def classify(
     seed: int = 0, # names every random stream
     workers: int = 0, # loading processes or threads
     device: str = "auto", # where the network runs
-    on_exists: OnExists = "skip", # 'skip': go on or leave, 'overwrite': start anew, 'error': refuse
+    on_exists: OnExists = "skip", # 'skip': go on, leave equal results, 'overwrite': start anew, 'error': refuse
 ) -> dict[str, Any]: # what was made, and the main figures
     "Train a phase classifier, predict with it, measure it, draw it, or find out whether synthetic pictures help it"
     out = Path(out)
