@@ -636,14 +636,18 @@ def fit(
     *,
     out_dir: str | os.PathLike, # folder of the run: checkpoints, log.csv, weights; created
     validate: Callable[[nn.Module, FitState], Mapping[str, float]] | None = None, # numbers, among them cfg.monitor
-    callbacks: Sequence[Callable[[str, FitState], None]] = (), # called with 'step', 'epoch', 'validate' or 'end'
+    callbacks: Sequence[Callable[[str, FitState], None]] = (), # told 'start', 'step', 'epoch', 'validate', 'end'
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None, # instead of cfg.optimizer
     config: Any = None, # everything else that decides the result (data list, model settings); stored and compared
     on_exists: OnExists = "skip", # "skip": resume the run in `out_dir`, "overwrite": start anew, "error": refuse
     stop_at: int | None = None, # end this part of the run after so many steps in all (jobs with a time limit)
     desc: str = "training", # shown beside the progress bar
 ) -> FitResult: # what the run left behind
-    "Train `model`; interrupted runs go on exactly where they stopped"
+    """Train `model`; interrupted runs go on exactly where they stopped.
+
+    Callbacks are told 'start' when the folder has been accepted and before the first step: what a family keeps beside
+    its checkpoints is written then, and a run that is refused has changed nothing.
+    """
     out_dir, begin = Path(out_dir), time.monotonic()
     main = int(os.environ.get("RANK", 0)) == 0
     if main: out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -667,6 +671,7 @@ def fit(
             write_json(out_dir/"fit.json", {"identity": identity, "fit": cfg, "config": config})
             table = CsvLog(out_dir/"log.csv", upto=s.step)
             board = _tensorboard(out_dir, cfg.tensorboard)
+        run.tell("start")
         until = s.total if stop_at is None else min(s.total, stop_at)
         try: done = _loop(run, table, board, until, begin, desc, asked)
         except KeyboardInterrupt:

@@ -457,7 +457,7 @@ def pretrain_network(
     data: Any = None, # plain values that identify the pairs; a run goes on only with the same
     on_exists: OnExists = "skip", # 'skip': go on where the run stopped, 'overwrite': start anew, 'error': refuse
     stop_at: int | None = None, # end this part of the run after so many optimiser steps in all
-    callbacks: Sequence[Callable[[str, FitState], None]] = (), # called with 'step', 'epoch', 'validate' or 'end'
+    callbacks: Sequence[Callable[[str, FitState], None]] = (), # told 'start', 'step', 'epoch', 'validate', 'end'
 ) -> FitResult: # steps, best loss, log, path of the weights
     "Train a feature network on pairs of views"
     model, started = _start(cfg)
@@ -473,10 +473,10 @@ def pretrain_network(
     settings = cfg.model_dump(mode="json", exclude={"fit", "workers", "start_from"})
     def loss(wrapped: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return contrast_loss(wrapped(batch["img"], batch["points"]), batch["labels"], cfg.contrast, model.weights)
-    if int(os.environ.get("RANK", 0)) == 0:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
-    return fit(model, batches, loss, cfg.fit, out_dir=out_dir, validate=check, callbacks=callbacks,
+    def keep(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0:
+            write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
+    return fit(model, batches, loss, cfg.fit, out_dir=out_dir, validate=check, callbacks=[keep, *callbacks],
                config={"model": about, "settings": settings, "start": started, "data": plain(data)},
                on_exists=on_exists, stop_at=stop_at, desc="pretraining")
 

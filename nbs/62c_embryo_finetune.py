@@ -310,9 +310,9 @@ def train_diffusion(
                 "settings": plain(cfg.model_dump(mode="json", exclude=_FREE)), "size": size}
     if back_to is not None: _go_back(out, back_to, identity)
     tell = [_wandb(plan)] if cfg.report_to == "wandb" and _is_main() else []
-    record, noted = _start_record(plan, base, digest, c), []
-    def note(event: str, state: FitState) -> None: # at the first step: by then `fit` has accepted the folder
-        if not noted and _is_main(): noted.append(write_json(out/"run.json", record))
+    record = _start_record(plan, base, digest, c)
+    def note(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0: write_json(out/"run.json", record)
     result = fit(net, Batches(items, cfg.batch_size, seed=cfg.seed, workers=cfg.workers), loss,
                  fit_config(cfg, plan.steps, _monitor(plan)), out_dir=out, validate=validate, callbacks=[note, *tell],
                  optimizer=_small_adam(cfg), config=identity, on_exists=on_exists, stop_at=stop_at, desc=out.name)

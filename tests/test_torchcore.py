@@ -397,7 +397,12 @@ def test_other_settings_are_refused_and_overwrite_starts_anew(tmp_path):
         train(tmp_path/"run", batch=8)
     with pytest.raises(OutputExists, match="--on-exists"): train(tmp_path/"run", on_exists="error")
     with pytest.raises(ConfigError, match="on_exists: must be"): train(tmp_path/"run", on_exists="clobber")
-    assert left(tmp_path/"run") == before
+    said: list[str] = []
+    with pytest.raises(DataError, match="other settings"):
+        train(tmp_path/"run", lr=0.5, callbacks=[lambda event, state: said.append(event)])
+    assert left(tmp_path/"run") == before and not said # what others keep in the folder stays as well
+    train(tmp_path/"new", [2], callbacks=[lambda event, state: said.append(event)])
+    assert said[:2] == ["start", "step"] and said.count("start") == 1 and said[-1] == "end"
     train(tmp_path/"run", keep=7, checkpoint_every=5) # what does not change the result may change
     (tmp_path/"run"/"notes.txt").write_text("mine")
     (tmp_path/"run"/"tensorboard").mkdir()
@@ -488,9 +493,10 @@ def test_a_monitor_that_is_not_told_is_an_error(tmp_path):
 def test_callbacks_come_in_order(tmp_path):
     events = []
     train(tmp_path/"run", [8, None], epochs=2, validate_every=4, callbacks=[lambda e, s: events.append((e, s.step))])
-    expected = []
+    expected = [("start", 0)]
     for k in range(1, 13):
-        expected += [("validate", k)]*(k % 4 == 0) + [("step", k)] + [("epoch", k)]*(k % 6 == 0) + [("end", k)]*(k == 8)
+        expected += [("validate", k)]*(k % 4 == 0) + [("step", k)] + [("epoch", k)]*(k % 6 == 0)
+        if k == 8: expected += [("end", 8), ("start", 8)]
     assert events == [*expected, ("end", 12)]
 
 
@@ -523,7 +529,8 @@ def test_a_few_faults_are_left_out_and_leave_no_trace(tmp_path):
 
 def test_a_left_out_step_changes_nothing(tmp_path):
     states = []
-    def keep(event, state): states.append({k: v.clone() for k, v in state.model.state_dict().items()})
+    def keep(event, state):
+        if event == "step": states.append({k: v.clone() for k, v in state.model.state_dict().items()})
     bad = int(Batches(Points(), BATCH, seed=1).order(0)[2, 1])
     train(tmp_path/"run", kind="norm", dataset=Points(bad=[bad]), epochs=1, validate=None, callbacks=[keep])
     assert all(torch.equal(v, states[2][k]) for k, v in states[1].items())

@@ -222,7 +222,7 @@ def train_network(
     held_out: Sequence[ViewSet] = (), # views to validate with
     on_exists: OnExists = "skip", # 'skip': go on where the run stopped, 'overwrite': start anew, 'error': refuse
     stop_at: int | None = None, # end this part of the run after so many optimiser steps in all
-    callbacks: Sequence[Callable[[str, FitState], None]] = (), # called with 'step', 'epoch', 'validate' or 'end'
+    callbacks: Sequence[Callable[[str, FitState], None]] = (), # told 'start', 'step', 'epoch', 'validate', 'end'
 ) -> FitResult: # steps, best number, log, path of the weights
     "Train an embedding network"
     device = device_for(cfg.fit.device)
@@ -238,11 +238,9 @@ def train_network(
                 "settings": cfg.model_dump(mode="json", exclude={"fit", "workers", "start_from"})}
     run = cfg.fit.model_copy(update={"precision": precision_for(cfg.fit.precision, device)})
     check = Validation(held_out, cfg) if held_out else None
-    kept: list[Path] = []
-    def keep(event: str, state: FitState) -> None: # by now `fit` holds the lock and has compared the settings
-        if state.rank == 0 and not kept:
-            settings = plain(cfg.model_dump(mode="json"))
-            kept.append(write_json(Path(out_dir)/"config.json", settings, "overwrite"))
+    def keep(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0:
+            write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
     return fit(net, batches, lambda model, batch: batch_losses(model, batch, cfg), run, out_dir=out_dir,
                validate=check, callbacks=[keep, *callbacks], config=identity, on_exists=on_exists, stop_at=stop_at,
                desc=f"training {cfg.name}")

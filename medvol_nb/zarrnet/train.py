@@ -257,7 +257,7 @@ def train_network(
     workers: int = 0, # processes for the search of patches
     on_exists: OnExists = "skip", # 'skip': go on where the run stopped, 'overwrite': start anew, 'error': refuse
     stop_at: int | None = None, # end this part of the run after so many optimiser steps in all
-    callbacks: Sequence[Callable[[str, FitState], None]] = (), # called with 'step', 'epoch', 'validate' or 'end'
+    callbacks: Sequence[Callable[[str, FitState], None]] = (), # told 'start', 'step', 'epoch', 'validate', 'end'
 ) -> FitResult: # steps, best loss, log, path of the weights
     "Train a network as the settings say"
     tr, out = cfg.tr_params, Path(cfg.tr_params.ckpt_out_base)/cfg.tr_params.model_name
@@ -274,15 +274,15 @@ def train_network(
     identity = {"model": about, "split": parts.split.hash, "start": started,
                 "settings": plain(tr.model_dump(mode="json", exclude=_FREE)),
                 "augmentation": cfg.dataset_config.augmentation}
-    if int(os.environ.get("RANK", 0)) == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
-        write_split(out/"split.json", parts.split, parts.patches)
+    def keep(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0:
+            write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
+            write_split(out/"split.json", parts.split, parts.patches)
     if tr.compile: parts.model.compile()
     def loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict:
         return parts.loss(model(batch["image"]), batch)
     films = [_film(cfg, val, out)] if val is not None and tr.debug_gif_every else []
-    return fit(parts.model, batches, loss, settings, out_dir=out, validate=val, callbacks=[*films, *callbacks],
+    return fit(parts.model, batches, loss, settings, out_dir=out, validate=val, callbacks=[keep, *films, *callbacks],
                config=identity, on_exists=on_exists, stop_at=stop_at, desc=tr.model_name)
 
 def _film(cfg: ZarrConfig, val: Validation, out: Path) -> Callable[[str, FitState], None]:
