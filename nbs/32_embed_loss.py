@@ -266,10 +266,12 @@ for k in (1, 300, 2000):
 
 # %%
 #| export
-def _to_fine(view: Maps) -> torch.Tensor:
-    "(n, e) coarse vectors at the fine voxels"
+def coarse_on_fine(
+    view: Maps, # of one crop
+) -> torch.Tensor: # (e, n) of unit length; gradients do not pass
+    "Coarse vectors at the n fine voxels"
     up = F.interpolate(view.coarse.detach()[None], size=view.fine.shape[1:], mode="trilinear")[0]
-    return F.normalize(up, dim=0).flatten(1).T
+    return F.normalize(up, dim=0).flatten(1)
 
 def _keys(a: Places, b: Places, within: float) -> tuple[torch.Tensor, torch.Tensor]:
     "Voxels of `a` with a key in `b`, and the keys"
@@ -308,7 +310,7 @@ def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator,
     with torch.no_grad():
         score = similarity.clone()
         if not apart:
-            coarse = torch.cat([_to_fine(v) for v in views]) # (p, e)
+            coarse = torch.cat([coarse_on_fine(v).T for v in views]) # (p, e)
             score.addmm_(coarse[query], coarse.T)
         near = torch.cdist(points[query], points, compute_mode="donot_use_mm_for_euclid_dist") < cfg.ignore_mm
         if cfg.reference_quirks: score *= ~near

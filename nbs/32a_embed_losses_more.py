@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from medvol_nb.core import DataError
-from medvol_nb.embed.loss import (LossConfig, Maps, Places, Rows, contrast, hard_then_diverse, middle, nearest, places,
-                                  some)
+from medvol_nb.embed.loss import (LossConfig, Maps, Places, Rows, coarse_on_fine, contrast, hard_then_diverse, middle,
+                                  nearest, places, some)
 from medvol_nb.embed.model import STRIDES
 
 # %%
@@ -171,8 +171,7 @@ def _cross_similarity(views: tuple[Maps, Maps], head: str, at: int, query: torch
 @torch.no_grad()
 def _coarse_similarity(views: tuple[Maps, Maps], at: int, query: torch.Tensor) -> torch.Tensor:
     "Likewise of the coarse vectors, interpolated to the fine grids"
-    up = [F.normalize(F.interpolate(v.coarse[None], size=v.fine.shape[1:], mode="trilinear")[0], dim=0).flatten(1)
-          for v in views]
+    up = [coarse_on_fine(v) for v in views]
     return up[at][:, query].T @ up[1 - at]
 
 @torch.no_grad()

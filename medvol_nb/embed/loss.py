@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossConfig', 'Maps', 'Places', 'places', 'middle', 'nearest', 'Rows', 'some', 'largest', 'hard_then_diverse',
-           'contrast', 'fine_rows', 'fine_infonce', 'coarse_rows', 'coarse_infonce']
+           'contrast', 'coarse_on_fine', 'fine_rows', 'fine_infonce', 'coarse_rows', 'coarse_infonce']
 
 # %% ../../nbs/32_embed_loss.ipynb #imports
 import math
@@ -159,11 +159,13 @@ def contrast(
     logits = chosen.masked_fill(~use, -math.inf)/tau
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
-# %% ../../nbs/32_embed_loss.ipynb #_to_fine
-def _to_fine(view: Maps) -> torch.Tensor:
-    "(n, e) coarse vectors at the fine voxels"
+# %% ../../nbs/32_embed_loss.ipynb #coarse_on_fine
+def coarse_on_fine(
+    view: Maps, # of one crop
+) -> torch.Tensor: # (e, n) of unit length; gradients do not pass
+    "Coarse vectors at the n fine voxels"
     up = F.interpolate(view.coarse.detach()[None], size=view.fine.shape[1:], mode="trilinear")[0]
-    return F.normalize(up, dim=0).flatten(1).T
+    return F.normalize(up, dim=0).flatten(1)
 
 def _keys(a: Places, b: Places, within: float) -> tuple[torch.Tensor, torch.Tensor]:
     "Voxels of `a` with a key in `b`, and the keys"
@@ -202,7 +204,7 @@ def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator,
     with torch.no_grad():
         score = similarity.clone()
         if not apart:
-            coarse = torch.cat([_to_fine(v) for v in views]) # (p, e)
+            coarse = torch.cat([coarse_on_fine(v).T for v in views]) # (p, e)
             score.addmm_(coarse[query], coarse.T)
         near = torch.cdist(points[query], points, compute_mode="donot_use_mm_for_euclid_dist") < cfg.ignore_mm
         if cfg.reference_quirks: score *= ~near

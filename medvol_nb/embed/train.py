@@ -20,7 +20,7 @@ from torch import nn
 from ..checkpoints import device_for, precision_for, torch_rng_for
 from ..core import ConfigError, DataError, OnExists, fingerprint, plain, rng_for, write_json
 from .config import EmbeddingConfig, settings
-from .loss import LossConfig, Maps, coarse_infonce, fine_infonce, middle, nearest, places
+from .loss import LossConfig, Maps, coarse_infonce, coarse_on_fine, fine_infonce, middle, nearest, places
 from .losses_more import cross_modal_loss, prototype_loss
 from .model import EmbedderConfig, build_model, load_start
 from .sampler import Case, MixedBatches, OrganSet, PairSet, ViewSet, collate, read_cases
@@ -169,14 +169,10 @@ def matching_error(
     at = torch.nonzero(inside & a.valid)[:, 0]
     order = torch.randperm(len(at), generator=rng or torch_rng_for(0, "matching error"))[:count].to(at.device)
     query, score = at[order], 0
-    for v, w in ((views[0].fine, views[1].fine), (_up(views[0]), _up(views[1]))):
+    for v, w in ((views[0].fine, views[1].fine), tuple(map(coarse_on_fine, views))):
         score = score + v.flatten(1)[:, query].T @ w.flatten(1) # (n, m)
     found = score.masked_fill(~b.valid, -torch.inf).argmax(1)
     return (b.points[found] - a.points[query]).norm(dim=1)
-
-def _up(view: Maps) -> torch.Tensor:
-    up = nn.functional.interpolate(view.coarse[None], size=view.fine.shape[1:], mode="trilinear")[0]
-    return nn.functional.normalize(up, dim=0) # (e, z, y, x)
 
 class Validation:
     "Loss and matching error on pairs of views that never change"
