@@ -252,15 +252,20 @@ def make_run(
     **settings: Any, # of RunSpec: num_images, seed, batch_size, steps, guidance_scale, scheduler, size, format
 ) -> dict[str, Any]: # content of metadata.json
     "Make a synthetic run, or go on with it"
-    folder, phase, plane = Path(folder), Phase.parse(phase), FocalPlane.parse(plane)
-    condition, empty, text = model.condition(phase, plane, prompt)
-    size = settings.pop("size", None) or model.pipe.unet.config.sample_size*model.pipe.vae_scale_factor
-    spec = RunSpec(phase.value, plane.pretty, text, model.digest, size=size, **settings)
+    spec, condition, empty = _planned(model, phase, plane, prompt, settings)
     def draw(seeds: Sequence[int]) -> np.ndarray:
         return sample(model.pipe, condition, empty, seeds, steps=spec.steps, guidance_scale=spec.guidance_scale,
                       size=spec.size, solver=spec.scheduler)
     return write_run(folder, spec, draw, source=source, about=model.about, max_rejects=max_rejects,
                      resume=resume or on_exists == "skip", overwrite=on_exists == "overwrite")
+
+def _planned(model: FineTuned, phase: str | Phase, plane: str | FocalPlane, prompt: str | None,
+             settings: Mapping[str, Any]) -> tuple[RunSpec, Any, Any]:
+    "What a run is to be, and the conditions of its images and of none"
+    phase, plane = Phase.parse(phase), FocalPlane.parse(plane)
+    condition, empty, text = model.condition(phase, plane, prompt)
+    size = settings.get("size") or model.pipe.unet.config.sample_size*model.pipe.vae_scale_factor
+    return RunSpec(phase.value, plane.pretty, text, model.digest, **{**settings, "size": size}), condition, empty
 
 def write_run(
     folder: str | os.PathLike, # of the run
@@ -275,16 +280,10 @@ def write_run(
 ) -> dict[str, Any]: # content of metadata.json
     "Fill a run folder and its record"
     folder, record = Path(folder), _record(spec, source, about)
-    check_output(folder, "overwrite")
     with lock(folder):
-        if folder.exists() and not folder.is_dir(): raise OutputExists(f"output {folder} is a file, not a folder")
-        if overwrite and folder.exists():
-            if any(folder.iterdir()) and not (folder/"metadata.json").exists():
-                raise OutputExists(f"{folder} is not a synthetic run (no metadata.json), it is not overwritten")
-            remove_tree(folder)
+        if started := check_run(folder, spec, resume=resume, overwrite=overwrite): record["datetime"] = started
+        if overwrite: remove_tree(folder)
         folder.mkdir(exist_ok=True)
-        sweep_temporary(folder)
-        if any(folder.iterdir()): record = {**record, "datetime": _go_on(folder, spec, resume)}
         unfinished = {**record, "complete": False, "seeds": None, "rejected": None}
         if len(_kept(folder, spec)) < spec.num_images: write_json(folder/"metadata.json", unfinished)
         seeds, rejected = fill_run(folder, spec, draw, max_rejects=max_rejects)
@@ -292,8 +291,22 @@ def write_run(
         write_json(folder/"metadata.json", done)
     return done
 
-def _go_on(folder: Path, spec: RunSpec, resume: bool) -> str:
-    "Refuse a folder that holds something else; returns when its run was started"
+def check_run(
+    folder: str | os.PathLike, # of the run
+    spec: RunSpec, # what to draw
+    *,
+    resume: bool = False, # go on with a run that is there
+    overwrite: bool = False, # remove what is there
+) -> str | None: # when the run that goes on was started; None: a new one
+    "Refuse a folder that holds something else, before any image is drawn"
+    folder = Path(folder)
+    check_output(folder, "overwrite")
+    if folder.exists() and not folder.is_dir(): raise OutputExists(f"output {folder} is a file, not a folder")
+    if folder.exists(): sweep_temporary(folder)
+    if not folder.exists() or not any(folder.iterdir()): return None
+    if overwrite:
+        if (folder/"metadata.json").exists(): return None
+        raise OutputExists(f"{folder} is not a synthetic run (no metadata.json), it is not overwritten")
     if not (folder/"metadata.json").exists():
         raise OutputExists(f"{folder} is not empty and holds no metadata.json. Choose another name")
     there = read_json(folder/"metadata.json", 2**28)
@@ -548,9 +561,9 @@ def generate(
                 "guidance_scale": guidance_scale, "scheduler": scheduler, "size": size, "format": format}
     plane, told = FocalPlane.parse(focal_plane), []
     for p in phases: # everything that can be refused is refused before the first image
-        _, _, text = loaded.condition(p, plane, prompt)
-        RunSpec(p.value, plane.pretty, text, loaded.digest, **settings)
-        told.append({"folder": str(folders[p]), "phase": p.value, "images": num_images, "prompt": text})
+        spec, _, _ = _planned(loaded, p, plane, prompt, settings)
+        check_run(folders[p], spec, resume=resume or on_exists == "skip", overwrite=on_exists == "overwrite")
+        told.append({"folder": str(folders[p]), "phase": p.value, "images": num_images, "prompt": spec.prompt})
     if dry_run: return {"runs": told, "model": source}
     log.info("%s", DATA_LICENCE)
     for p in phases:
@@ -565,6 +578,10 @@ told = generate(phase=["t2", "t9+"], dataset_name="new", synthetic_dataset_paren
 
 # %%
 assert len(SyntheticRuns(root/"new-t9+")) == 2 and SyntheticRuns(root/"new-t9+")[0].phase == 10
+again = {"dataset_name": "new", "synthetic_dataset_parent": root, "model_path": root/"tiny", "steps": 3, "size": 64}
+with raises(OutputExists, match="new-t2 holds a run already"):
+    generate(phase=["t4", "t2"], num_images=2, format="png", device="cpu", **again)
+assert not (root/"new-t4").exists() # nothing was drawn
 where = {"dataset_name": "x", "synthetic_dataset_parent": root, "device": "cpu"}
 with raises(ConfigError, match="give one of --model-path"): generate(phase=["t2"], **where)
 with raises(ConfigError, match="must be one of tPB2"): generate(phase=["t17"], model_path=root/"tiny", **where)
