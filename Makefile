@@ -28,7 +28,7 @@ test-faults: $(VENV)/.installed-test ## every injected fault, with a summary
 	$(BIN)/python -m tests.faults.report
 
 docs: $(VENV)/.installed-test ## docs/_build/html
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -j 2 -W --keep-going -q -b html docs docs/_build/html
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check nbs tests benchmarks docs setup.py

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Supervoxels by clustering
 #
-# > SLIC on feature volumes as blocked matrix products: spacing-aware, exactly the count that was asked for, one
-# > connected piece an id, the same bits on every number of threads.
+# > SLIC on feature volumes as blocked matrix products: spacing-aware, exact in count, the same on all thread counts.
 #
 # A supervoxel is a connected clump of voxels that look alike. SLIC (Achanta et al. 2012, "SLIC superpixels compared to
 # state-of-the-art superpixel methods") finds them with k-means in the joint space of features and position, where a

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Features of Segment Anything in three dimensions
 #
-# > A volume is cut into slices along three directions, each slice goes through an image encoder, and what comes out is
-# > put back on one grid.
+# > A volume is cut into slices along three directions; what an image encoder says of them is put back on one grid.
 #
 # The encoder of *Segment Anything* was trained on a billion masks of photographs and draws the borders of things it has
 # never seen. Fed with the slices of a scan it gives 32 numbers a place that change at the borders of organs; clustered,

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The embedding network
 #
-# > An inflated 3-D ResNet with pyramid heads gives every voxel of a scan a unit vector, near in value where anatomy is
-# > the same.
+# > An inflated 3-D ResNet with pyramid heads gives every voxel a unit vector, near in value where anatomy is the same.
 #
 # Where in this scan is the point that I clicked in the other one? If every voxel carries a vector that describes *where
 # in the body* it is, and not how bright it is, the answer is the voxel with the most similar vector. Yan et al.

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Moving images that carry vectors
 #
-# > Cube symmetries, affine and elastic maps of image, labels, masks and surface normals, so that all of them stay one
-# > scene.
+# > Cube symmetries, affine and elastic maps that keep image, labels, masks and surface normals one scene.
 #
 # Turn a picture by 90°, and the numbers in it stay what they are. Turn a map of surface normals, and every number
 # changes: where the surface faced right it now faces up, so the vectors must turn with the grid. A network trained on

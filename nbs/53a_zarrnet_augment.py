@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Augmentation of patches
 #
-# > Random flips, turns, deformations, lighting, blur and noise for 3-D samples; all chance is drawn first, then
-# > applied.
+# > Random flips, turns, deformations, lighting, blur, noise for 3-D samples; all chance is drawn first, then applied.
 #
 # A network sees a few thousand patches a thousand times. Augmentation shows it each patch a little differently, so that
 # it learns what stays. Two things go wrong easily. A library for photographs takes the `(z, y, x)` patch for an image

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Training a multi-task U-Net
 #
-# > One settings file in, a run folder out: weights that carry all they need, a log in units that mean something, and an
-# > exact continuation after any interruption.
+# > From a settings file to a run folder: weights that carry all they need, a telling log, exact continuation.
 #
 # The loop itself is the shared `fit` of page 08a. This page puts the parts of the family around it: patches and their
 # division (page 52), samples (page 54), the network (55) and its losses (56), validation on the same patches every

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The command that predicts
 #
-# > `medvol unet predict`: a trained network and a volume of any size in, predictions in a store out, in one process or
-# > in many.
+# > `medvol unet predict`: from a trained network and a volume of any size to a store, in one process or many.
 #
 # Page 58a does the work for a model in memory. What is left is to bring model and volume together from their names:
 # weights that know their network and normalisation, statistics of a volume that training never saw, and parts for

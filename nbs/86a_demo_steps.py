@@ -1,8 +1,7 @@
 # %% [markdown]
 # # What the components do in the demo
 #
-# > One function a component: it gets cases with labels, does its job on them, and says in a picture and a few figures
-# > how it went.
+# > One function a component: it does its job on cases with labels and says in a picture and figures how it went.
 #
 # The demo (page 87) makes a dataset or takes the user's, and lists and verifies it. From there on every component works
 # on the same cases. This page holds these steps. Each takes the list of the cases, skips those whose label does not lie

@@ -123,6 +123,10 @@ def test_page_numbers_and_modules_are_unique():
     assert len(set(modules)) == len(modules), "two pages export the same module"
 
 
+def test_summaries_have_one_line(): # nbdev 2 makes the first line of it the module's docstring, nbdev 3 all lines
+    assert [p.path.name for p in PAGES if len(re.findall(r"^# > .*\n# >", p.path.read_text(), re.M))] == []
+
+
 def test_every_module_has_a_page():
     assert sorted(set(MODULES) - set(BY_MODULE)) == []
 
