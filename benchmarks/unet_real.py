@@ -25,7 +25,7 @@ WIDTHS, KERNELS = (16, 32, 64, 128), ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)
 STRIDES = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2)) # voxels are flat: z is never halved
 ACROSS = {0: (1, 0, 0), 32: (0.5**0.5, 0.5**0.5, 0), 64: (0, 1, 0), 96: (0.5**0.5, -0.5**0.5, 0)} # code -> (x, y, z)
 TARGETS = {"membrane": {"channels": 1, "activation": "sigmoid", "label_smoothing": 0},
-           "direction": {"channels": 3, "kind": "normals", "signed": False, "weight": 0.75}}
+           "direction": {"channels": 3, "kind": "normals", "signed": False, "weight": 1.5}}
 
 
 def write_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def settings(folder: Path, steps: int, names: tuple = tuple(TARGETS)) -> dict:
                       "num_dataloader_workers": 0, "tensorboard_log_dir": None, "debug_gif_every": 0,
                       "device": "cpu"},
         "inference_params": {"checkpoint_path": str(folder/"runs"/"both"), "input_path": raw, "overlap": 0.5,
-                             "output_dir": str(folder), "chunks": [20, 128, 128], "max_memory_gb": 0.15,
+                             "output_dir": str(folder), "chunks": [20, 128, 128], "max_memory_gb": 0.2,
                              "overwrite": True},
         "model_config": {"f_maps": WIDTHS, "blocks_per_level": (1, 2, 2, 2), "kernel_sizes": KERNELS,
                          "strides": STRIDES, "decoder": "shared", "decoder_convs": 2},
@@ -227,7 +227,7 @@ def met(yes: bool) -> str: return "met" if yes else "MISSED"
 
 
 def membranes(full: bool) -> list[Row]:
-    with tempfile.TemporaryDirectory() as d: return compare_networks(Path(d), 600 if full else 300)
+    with tempfile.TemporaryDirectory() as d: return compare_networks(Path(d), 1200 if full else 600)
 
 
 ROWS = {"membranes": membranes}
@@ -235,4 +235,4 @@ ROWS = {"membranes": membranes}
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
-    print(table(compare_networks(place, int(sys.argv[2]) if len(sys.argv) > 2 else 300), markdown=True))
+    print(table(compare_networks(place, int(sys.argv[2]) if len(sys.argv) > 2 else 600), markdown=True))

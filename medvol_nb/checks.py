@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import MedvolError, MissingFile, fingerprint
 from .nifti import DTYPES, fastzlib, read_nifti, read_nifti_header
-from .parallel import Ledger, pmap
+from .parallel import Ledger, on_cluster, pmap
 from .volume import Volume, corner_displacement, read_header, read_volume, reorient, to_axes
 
 # %% ../nbs/13_checks.ipynb #CODES
@@ -462,6 +462,7 @@ def check_pairs(
     level: Level = "header", # how deep to look
     *,
     workers: int = 0, # processes
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that remembers what was looked at; None: forget
 ) -> Checked: # per pair: findings, content and, at the full level, statistics
     "Look at many pairs, skipping those that did not change since the cache saw them"
@@ -469,8 +470,10 @@ def check_pairs(
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
     order = sorted(range(len(chunks)), key=lambda n: -_bytes(chunks[n])) if level == "full" else range(len(chunks))
     chunks = [chunks[n] for n in order] # the largest first, so that no worker is left with one at the end
-    run = lambda ledger: pmap(lambda c: _look(c, level), chunks, workers, ledger=ledger, desc=f"verifying ({level})",
-                              keys=keys, errors="collect")
+    def run(ledger: Ledger | None) -> tuple:
+        with on_cluster(dask):
+            return pmap(lambda c: _look(c, level), chunks, workers, ledger=ledger, desc=f"verifying ({level})",
+                        keys=keys, errors="collect")
     keys = [str(n) if cache is None else f"{n}-{_stamps(c)}" for n, c in zip(order, chunks)]
     if cache is None: values, failures = run(None)
     else:

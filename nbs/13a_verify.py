@@ -212,6 +212,7 @@ def verify(
     subject: str | None = None, # pattern on image names whose first group is the person, such as '(sub-[0-9]+)'
     space: str | os.PathLike | None = None, # label_space.json to check as well
     workers: int = 0, # processes; 0: this one, -1: one per processor
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that remembers results; unchanged files are not read again
     out: str | os.PathLike | None = None, # folder for findings.csv and report.json
     on_exists: OnExists = "overwrite", # what to do when `out` holds an earlier report
@@ -230,7 +231,7 @@ def verify(
     tasks = [t for dl in lists for t in _tasks(dl, roots[dl.name], subject, findings)]
     _repeats(tasks, findings)
     if limit is None: _unused(tasks, roots, findings)
-    done = check_pairs([(t.image, t.label) for t in tasks], level, workers=workers, cache=cache)
+    done = check_pairs([(t.image, t.label) for t in tasks], level, workers=workers, dask=dask, cache=cache)
     for k, rows in done.found.items():
         t = tasks[k]
         for code, role, text in rows:

@@ -135,6 +135,7 @@ def analyze(
     root: str | os.PathLike | None = None, # folder of the data, or with a subfolder per dataset; default: the lists'
     space: str | os.PathLike | None = None, # label_space.json; classes are counted under their global ids
     workers: int = 0, # processes; 0: this one, -1: one per processor
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that remembers results, shared with verify
     on_exists: OnExists = "error", # what to do when `out` is there already
     limit: int | None = None, # use only so many items of each list
@@ -153,7 +154,7 @@ def analyze(
             for dl in lists]
     pairs = [tuple(str(item_path(roots[dl.name], p)) for p in (_first(i), i["label"])) for dl, items in todo
              for _, _, i in items]
-    done = iter(check_pairs(pairs, "full", workers=workers, cache=cache))
+    done = iter(check_pairs(pairs, "full", workers=workers, dask=dask, cache=cache))
     rows = [r for dl, items in todo for r in _case_rows(dl, items, [next(done) for _ in items])]
     table = _class_rows(rows, classes)
     totals: dict[int, int] = {}

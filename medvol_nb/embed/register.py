@@ -27,7 +27,7 @@ from .store import embed_volume
 from .transforms import (Estimate, Field, Model, Transform, as_field, compose, estimate_transform,
                                         warp, write_transform)
 from ..geometry import Volume, corners, resample, to_world
-from ..parallel import BatchError, Ledger, describe, pmap
+from ..parallel import BatchError, Ledger, describe, on_cluster, pmap
 from ..volume import read_volume, stem_of, write_volume
 
 # %% ../../nbs/35b_embed_register.ipynb #_levels
@@ -335,6 +335,7 @@ def register(
     embedder: str | os.PathLike | None = None, # trained network for the first guess; without it, search
     device: str = "auto", # where the network runs
     workers: int = 0, # processes; 0: in this one
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "skip", # "skip": go on where it stopped
 ) -> dict: # number of pairs and the folder
     "Register pairs of scans of any contrast, without an initial guess"
@@ -361,7 +362,8 @@ def register(
         for case in keys: # a scan that was replaced is registered again
             if ledger.is_done(case) and ledger.value(case)["source"] != [describe(p)["sha256"] for p in pairs[case]]:
                 ledger.failed(case, "a scan has changed")
-        values, failures = pmap(one, keys, workers, keys=keys, desc="register", errors="collect", ledger=ledger)
+        with on_cluster(dask):
+            values, failures = pmap(one, keys, workers, keys=keys, desc="register", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"pair": keys[f.index], "error": f.error} for f in failures], ["pair", "error"])
     if failures: raise BatchError(failures, values, len(keys))
     return {"pairs": len(keys), "out": out}

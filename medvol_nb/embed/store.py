@@ -29,7 +29,7 @@ from .data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of, list_scans, ne
                                   network_volume)
 from .model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
 from ..geometry import Volume, resample_to
-from ..parallel import BatchError, Ledger, describe, pmap
+from ..parallel import BatchError, Ledger, describe, on_cluster, pmap
 from ..stores import as_format_error, create_array, new_store
 from ..volume import format_of, read_volume, stem_of
 
@@ -364,6 +364,7 @@ def embed(
     device: str = "auto", # where the network runs
     precision: Precision = "fp32", # arithmetic
     workers: int = 0, # processes; 0: in this one
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "skip", # "skip": go on where it stopped
 ) -> dict: # numbers of scans and the folder
     "Embed scans and store the vectors"
@@ -384,7 +385,8 @@ def embed(
         for file, key in zip(files, keys): # a scan that was replaced is embedded again
             if ledger.is_done(key) and ledger.value(key)["source"] != describe(file)["sha256"]:
                 ledger.failed(key, "the scan has changed")
-        values, failures = pmap(one, files, workers, keys=keys, desc="embed", errors="collect", ledger=ledger)
+        with on_cluster(dask):
+            values, failures = pmap(one, files, workers, keys=keys, desc="embed", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"scan": str(files[f.index]), "error": f.error} for f in failures], ["scan", "error"])
     if failures: raise BatchError(failures, values, len(files))
     return {"scans": len(files), "model": cfg.digest, "out": out}
