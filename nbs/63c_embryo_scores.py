@@ -94,7 +94,7 @@ def _written(write: Callable[[Path, OnExists], Any], path: Path, on_exists: OnEx
         write(d/path.name, "error")
         if (d/path.name).read_bytes() != path.read_bytes():
             raise OutputExists(f"{path} holds other results than those found now. Choose another folder, or "
-                               "overwrite")
+                               "--on-exists overwrite")
     return path
 
 def write_metrics(
