@@ -13,7 +13,7 @@ sys.path[:0] = [str(docs), str(root)]
 
 import reference  # noqa: E402, beside this file
 
-# Kernels inherit this environment: this checkout's package, one thread each, no progress bars
+# Processes that run pages inherit this environment: this checkout's package, one thread each, no progress bars
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 os.environ["IN_TEST"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,10 +52,10 @@ def copy_pages() -> None:
 
 
 def drop_stale_outputs() -> None:
-    "Cached outputs belong to the library that made them; MEDVOL_DOCS_KEEP_CACHE=1 keeps them while writing prose"
-    digest = hashlib.sha256()
-    for p in sorted((root/"medvol_nb").rglob("*.py")): digest.update(p.read_bytes())
-    cache, stamp = docs/"_build/.jupyter_cache", docs/"_build/library.sha256"
+    "Cached outputs belong to the code that made them; MEDVOL_DOCS_KEEP_CACHE=1 keeps them while writing prose"
+    digest, makers = hashlib.sha256(), (docs/"nbread.py", docs/"execute.py")
+    for p in (*makers, *sorted((root/"medvol_nb").rglob("*.py"))): digest.update(p.read_bytes())
+    cache, stamp = docs/"_build/outputs", docs/"_build/library.sha256"
     same = stamp.exists() and stamp.read_text() == digest.hexdigest()
     if not same and not os.environ.get("MEDVOL_DOCS_KEEP_CACHE"): shutil.rmtree(cache, ignore_errors=True)
     stamp.parent.mkdir(exist_ok=True)
@@ -71,11 +71,7 @@ include_patterns = ["*.md", "nbs/*.py", "reference/*.rst"]  # without this Sphin
 exclude_patterns = ["_build"]
 
 nb_custom_formats = {".py": "nbread.read"}
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(docs/"_build/.jupyter_cache")
-nb_execution_timeout = 120
-nb_execution_raise_on_error = True
-nb_execution_show_tb = True
+nb_execution_mode = "off"  # docs/execute.py runs them
 nb_merge_streams = True
 nb_code_prompt_show = "Show source"
 nb_code_prompt_hide = "Hide source"

@@ -1,17 +1,23 @@
 """Between nbs/ and Sphinx: percent scripts become notebooks with API blocks, parameter comments become tables.
 
-`read` is MyST-NB's custom reader (see `nb_custom_formats` in conf.py), `setup` makes this module a Sphinx extension.
+`setup` makes this module a Sphinx extension: pages are run before anything is read. `read` (MyST-NB's custom reader,
+see `nb_custom_formats` in conf.py) takes them as they were run.
 """
 import ast
 import re
+from pathlib import Path
 
+import execute
 import jupytext
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
+from sphinx.errors import ExtensionError
 
 from medvol_nb.core import ConfigError
 from medvol_nb.signatures import docstring_lines, function_doc, rst_text
 
+DOCS = Path(__file__).resolve().parent
+OUTPUTS = DOCS/"_build/outputs"
 DIRECTIVE = re.compile(r"#\s*\|\s*(\S+)\s*(.*)")
 PAGE_LINK = re.compile(r"(\]\(\d\w*)\.ipynb(?=[#)])")  # what a notebook says; the manual is made of the .py files
 SKIPPED = {"slow", "gpu", "net"}  # tst_flags of settings.ini: shown, not run
@@ -38,8 +44,8 @@ def api_block(body: list[ast.stmt], module: str) -> str:
     return "```{eval-rst}\n" + "\n\n".join(blocks) + "\n```" if blocks else ""
 
 
-def read(text: str) -> NotebookNode:
-    "The notebook that the documentation shows for a percent script"
+def page_notebook(text: str) -> NotebookNode:
+    "The notebook that the documentation shows for a percent script, without outputs"
     nb, cells, module = jupytext.reads(text, "py:percent"), [], ""
     for cell in nb.cells:
         if cell.cell_type != "code":
@@ -64,6 +70,17 @@ def read(text: str) -> NotebookNode:
     return nb
 
 
+def read(text: str) -> NotebookNode:
+    "The notebook that the documentation shows for a percent script, as it was run"
+    return execute.executed(text, OUTPUTS)
+
+
+def run_pages(app) -> None:
+    "Run what has changed; a page that fails ends the build"
+    if failed := execute.run_pages((DOCS/"nbs").glob("*.py"), OUTPUTS):
+        raise ExtensionError(f"{len(failed)} pages failed\n\n" + "\n".join(failed))
+
+
 def add_parameters(app, what, name, obj, options, lines) -> None:
     "Escape a plain docstring and append the parameter comments of the source to it"
     parts = name.split(".")
@@ -83,5 +100,6 @@ def rst_prose(line: str) -> str:
 
 
 def setup(app):
+    app.connect("builder-inited", run_pages)
     app.connect("autodoc-process-docstring", add_parameters)
     return {"parallel_read_safe": True}
