@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Batches', 'FitConfig', 'lr_at', 'Ema', 'CsvLog', 'NonFiniteLoss', 'FitState', 'FitResult', 'to_device',
-           'make_optimizer', 'fit', 'Precision', 'WeightReport', 'autocast_for', 'checkpoint_path', 'device_for',
-           'latest_checkpoint', 'load_checkpoint', 'load_foreign', 'load_weights', 'precision_for', 'prune_checkpoints',
-           'save_checkpoint', 'seeded', 'torch_rng_for']
+           'make_optimizer', 'at_start', 'fit', 'Precision', 'WeightReport', 'autocast_for', 'checkpoint_path',
+           'device_for', 'latest_checkpoint', 'load_checkpoint', 'load_foreign', 'load_weights', 'precision_for',
+           'prune_checkpoints', 'save_checkpoint', 'seeded', 'torch_rng_for']
 
 # %% ../nbs/08a_torchcore.ipynb #_all_
 import csv
@@ -524,7 +524,15 @@ def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float,
     if s.step >= s.total: log.info("%d steps in %s", s.total, human_time(time.monotonic() - begin))
     return s.step >= s.total
 
-# %% ../nbs/08a_torchcore.ipynb #fit
+# %% ../nbs/08a_torchcore.ipynb #at_start
+def at_start(
+    write: Callable[[], Any], # leaves what belongs beside the checkpoints, such as settings
+) -> Callable[[str, FitState], None]: # callback of `fit`
+    "Call `write` once, in the first process, when `fit` has accepted the folder: a run that is refused changes nothing"
+    def tell(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0: write()
+    return tell
+
 def fit(
     model: nn.Module, # trained in place
     batches: Batches, # or anything with .steps(world), .epoch(epoch, start, rank, world) and .dataset
@@ -542,8 +550,7 @@ def fit(
 ) -> FitResult: # what the run left behind
     """Train `model`; interrupted runs go on exactly where they stopped.
 
-    Callbacks are told 'start' when the folder has been accepted and before the first step: what a family keeps beside
-    its checkpoints is written then, and a run that is refused has changed nothing.
+    Callbacks are told 'start' when the folder has been accepted and before the first step; see `at_start`.
     """
     out_dir, begin = Path(out_dir), time.monotonic()
     main = int(os.environ.get("RANK", 0)) == 0

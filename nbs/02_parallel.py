@@ -438,6 +438,15 @@ class Ledger:
         "Result of a finished item"
         return self._records[key]["value"]
 
+    def recheck(
+        self,
+        inputs: Mapping[str, Sequence[str | os.PathLike]], # item -> files it is made from
+    ) -> None:
+        "Items whose files are not those that their value names as 'source' (see `digests`) are tried again"
+        for key, files in inputs.items():
+            if self.is_done(key) and self.value(key)["source"] != digests(files):
+                self.failed(key, "an input has changed")
+
     def failures(self) -> dict[str, str]: # item -> error
         "Items that failed at their last try"
         return {k: r["error"] for k, r in sorted(self._records.items()) if r["status"] == "failed"}
@@ -456,6 +465,12 @@ def describe(
     if content:
         out["sha256"] = fingerprint([(p.relative_to(path).as_posix(), file_digest(p, 64)) for p in files])
     return out
+
+def digests(
+    paths: Sequence[str | os.PathLike], # files or folders
+) -> list[str]: # one each
+    "What identifies the content of some inputs"
+    return [describe(p)["sha256"] for p in paths]
 
 # %% [markdown]
 # A job over five cases is interrupted in the third; the second run does only what is missing.

@@ -307,6 +307,18 @@ def create_array(
                               **extra)
 
 @contextlib.contextmanager
+def settled() -> Iterator[None]:
+    "Around writes: zarr tells the first error while it still writes other chunks in its threads; wait for those"
+    from zarr.core.sync import sync
+    async def settle() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+    try: yield
+    except BaseException:
+        sync(settle())
+        raise
+
+@contextlib.contextmanager
 def new_store(
     path: str | os.PathLike, # of the store, a folder
     on_exists: OnExists = "overwrite", # as in `atomic`
@@ -314,17 +326,10 @@ def new_store(
     version: Literal[2, 3] = 3, # of the zarr format
     attributes: Mapping | None = None, # plain values
 ) -> Iterator[Any]: # its zarr group, open until the store takes its name
-    "Write a store all at once; zarr tells the first error while it still writes other chunks, which are waited for"
+    "Write a store all at once"
     import zarr
-    from zarr.core.sync import sync
-    async def settle() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
-    with atomic(path, on_exists, folder=True) as t:
-        try: yield zarr.create_group(str(t), zarr_format=version, attributes=dict(attributes or {}))
-        except BaseException:
-            sync(settle())
-            raise
+    with atomic(path, on_exists, folder=True) as t, settled():
+        yield zarr.create_group(str(t), zarr_format=version, attributes=dict(attributes or {}))
 
 def _fill(array: Any, vol: Volume) -> None:
     "Copy a volume into an array, one row of chunks at a time"

@@ -628,6 +628,14 @@ def _loop(run: _Run, table: CsvLog | None, board: Any, until: int, begin: float,
 
 # %%
 #| export
+def at_start(
+    write: Callable[[], Any], # leaves what belongs beside the checkpoints, such as settings
+) -> Callable[[str, FitState], None]: # callback of `fit`
+    "Call `write` once, in the first process, when `fit` has accepted the folder: a run that is refused changes nothing"
+    def tell(event: str, state: FitState) -> None:
+        if event == "start" and state.rank == 0: write()
+    return tell
+
 def fit(
     model: nn.Module, # trained in place
     batches: Batches, # or anything with .steps(world), .epoch(epoch, start, rank, world) and .dataset
@@ -645,8 +653,7 @@ def fit(
 ) -> FitResult: # what the run left behind
     """Train `model`; interrupted runs go on exactly where they stopped.
 
-    Callbacks are told 'start' when the folder has been accepted and before the first step: what a family keeps beside
-    its checkpoints is written then, and a run that is refused has changed nothing.
+    Callbacks are told 'start' when the folder has been accepted and before the first step; see `at_start`.
     """
     out_dir, begin = Path(out_dir), time.monotonic()
     main = int(os.environ.get("RANK", 0)) == 0

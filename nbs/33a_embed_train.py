@@ -33,7 +33,7 @@ from medvol_nb.embed.model import EmbedderConfig, build_model, load_start
 from medvol_nb.embed.sampler import Case, MixedBatches, OrganSet, PairSet, ViewSet, collate, read_cases
 from medvol_nb.embed.views import ViewSampler
 from medvol_nb.parallel import describe
-from medvol_nb.torchcore import FitResult, FitState, fit, to_device
+from medvol_nb.torchcore import FitResult, FitState, at_start, fit, to_device
 
 # %%
 from medvol_nb import phantoms, plot
@@ -315,9 +315,7 @@ def train_network(
                 "settings": cfg.model_dump(mode="json", exclude={"fit", "workers", "start_from"})}
     run = cfg.fit.model_copy(update={"precision": precision_for(cfg.fit.precision, device)})
     check = Validation(held_out, cfg) if held_out else None
-    def keep(event: str, state: FitState) -> None:
-        if event == "start" and state.rank == 0:
-            write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
+    keep = at_start(lambda: write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite"))
     return fit(net, batches, lambda model, batch: batch_losses(model, batch, cfg), run, out_dir=out_dir,
                validate=check, callbacks=[keep, *callbacks], config=identity, on_exists=on_exists, stop_at=stop_at,
                desc=f"training {cfg.name}")

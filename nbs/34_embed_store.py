@@ -36,7 +36,7 @@ from medvol_nb.embed.data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of,
                                   network_volume)
 from medvol_nb.embed.model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
 from medvol_nb.geometry import Volume, resample_to
-from medvol_nb.parallel import BatchError, Ledger, describe, on_cluster, pmap
+from medvol_nb.parallel import BatchError, Ledger, digests, on_cluster, pmap
 from medvol_nb.stores import as_format_error, create_array, new_store
 from medvol_nb.volume import format_of, read_volume, stem_of
 
@@ -511,11 +511,9 @@ def embed(
         store = f"{stem_of(file)}.zarr"
         embed_volume(net, file, out/store, config=cfg, body="auto" if body else None, slab=slab, device=device,
                      precision=precision, dtype=dtype, on_exists="overwrite")
-        return {"outputs": [store], "source": describe(file)["sha256"]}
+        return {"outputs": [store], "source": digests([file])}
     with Ledger(out/"ledger.jsonl", params, on_exists=on_exists) as ledger:
-        for file, key in zip(files, keys): # a scan that was replaced is embedded again
-            if ledger.is_done(key) and ledger.value(key)["source"] != describe(file)["sha256"]:
-                ledger.failed(key, "the scan has changed")
+        ledger.recheck({key: [file] for key, file in zip(keys, files)})
         with on_cluster(dask):
             values, failures = pmap(one, files, workers, keys=keys, desc="embed", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"scan": str(files[f.index]), "error": f.error} for f in failures], ["scan", "error"])

@@ -34,12 +34,12 @@ from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, On
                             check_output, file_digest, fingerprint, lock, log, plain, read_json, write_json)
 from medvol_nb.embryo.diffusion import (Denoiser, Items, Noise, Raw, diffusion_loss, encode_pictures, fixed_batches,
                                         learned_table, picture_digests, pixel_encoder)
-from medvol_nb.embryo.phases import DATA_LICENCE, PROMPT, FocalPlane, Phase, PromptTemplate, parse_prompt
+from medvol_nb.embryo.phases import DATA_LICENCE, PROMPT, PromptTemplate
 from medvol_nb.embryo.plan import (Conditions, FinetuneConfig, Plan, class_pictures, make_conditions, plan_run, set_of,
                                    template_of)
 from medvol_nb.embryo.tiny import (encode_prompts, load_sd, quiet_diffusers, resolve_model, sample, share_files,
                                    weights_digest)
-from medvol_nb.torchcore import Batches, FitConfig, FitResult, FitState, fit, to_device
+from medvol_nb.torchcore import Batches, FitConfig, FitResult, FitState, at_start, fit, to_device
 
 # %%
 import tempfile
@@ -49,7 +49,7 @@ from PIL import Image
 from medvol_nb import phantoms
 from medvol_nb.core import raises, read_csv
 from medvol_nb.embryo.phases import PHASES
-from medvol_nb.embryo.tiny import make_tiny_sd, to_grey
+from medvol_nb.embryo.tiny import make_tiny_sd
 
 # %% [markdown]
 # ## Validation
@@ -179,6 +179,15 @@ def _start_record(plan: Plan, base: Path, digest: str, c: Conditions) -> dict[st
                          "folder_json": file_digest(note) if note.exists() else None},
             "steps": plan.steps, "versions": versions(),
             "licences": [str(p.about.get("licence") or DATA_LICENCE), MODEL_LICENCE]}
+
+def read_run(
+    folder: str | os.PathLike, # of a run
+) -> dict[str, Any]: # its run.json
+    "The record of a run"
+    about = read_json(Path(folder)/"run.json")
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise FormatError(f"{folder}/run.json: is not the record of a fine-tuning")
+    return about
 
 def save_table(
     folder: str | os.PathLike, # of the model, being written
@@ -311,144 +320,13 @@ def train_diffusion(
     if back_to is not None: _go_back(out, back_to, identity)
     tell = [_wandb(plan)] if cfg.report_to == "wandb" and _is_main() else []
     record = _start_record(plan, base, digest, c)
-    def note(event: str, state: FitState) -> None:
-        if event == "start" and state.rank == 0: write_json(out/"run.json", record)
+    note = at_start(lambda: write_json(out/"run.json", record))
     result = fit(net, Batches(items, cfg.batch_size, seed=cfg.seed, workers=cfg.workers), loss,
                  fit_config(cfg, plan.steps, _monitor(plan)), out_dir=out, validate=validate, callbacks=[note, *tell],
                  optimizer=_small_adam(cfg), config=identity, on_exists=on_exists, stop_at=stop_at, desc=out.name)
     if result.finished and _is_main():
         _finish(plan, base, net, c, result, {**record, "seconds": round(time.monotonic() - start, 1)})
     return result
-
-# %% [markdown]
-# ## Back again
-# `load_finetuned` reads whatever a model can be: a run folder, one of its checkpoints, a folder of diffusers, or a LoRA
-# file with its base. It knows the words the model was trained with and refuses a phase it never saw.
-
-# %%
-#| export
-@dataclass(frozen=True, eq=False)
-class FineTuned:
-    "A model that draws, with the words it understands"
-    pipe: Any # StableDiffusionPipeline
-    digest: str # of its weights
-    about: Mapping[str, Any] # run.json, {} for models from elsewhere
-    table: torch.Tensor | None = None # (n, tokens, width) learned conditions, None: it takes prompts
-    rows: tuple[tuple[str, str], ...] = () # phase and plane of the table's rows
-
-    def prompt(
-        self,
-        phase: Phase, # wanted
-        plane: FocalPlane, # wanted
-        prompt: str | None = None, # text or template; None: the one of training
-    ) -> str: # as it is given to the model
-        "The prompt for a phase, in the words of the training"
-        if prompt is not None: return PromptTemplate(prompt, plane="{focal_plane}" in prompt).format(phase, plane)
-        if given := self.about.get("instance_prompt"):
-            try: trained = parse_prompt(given)[0]
-            except ConfigError: return given
-            if trained is phase: return given
-            raise ConfigError(f"phase: this model was trained with the one prompt {given!r}, it cannot draw "
-                              f"{phase.value}")
-        if self.about.get("mode") == "caption" and not self.about.get("template"):
-            raise ConfigError("prompt: this model was trained with captions of a form of their own; give the prompt "
-                              "(--prompt)")
-        text, with_plane = self.about.get("template") or (PROMPT, False)
-        return PromptTemplate(text, with_plane).format(phase, plane)
-
-    def condition(
-        self,
-        phase: Phase, # wanted
-        plane: FocalPlane, # wanted
-        prompt: str | None = None, # text or template; None: the one of training
-    ) -> tuple[torch.Tensor, torch.Tensor, str]: # two arrays (tokens, width): condition and none; and the prompt
-        "What the network gets for a phase"
-        planes = self.about.get("pictures", {}).get("planes", [])
-        if planes and plane.pretty not in planes:
-            raise ConfigError(f"focal_plane: this model saw {', '.join(planes)}, not {plane.pretty}")
-        if self.table is None:
-            text = self.prompt(phase, plane, prompt)
-            seen = self.about.get("pictures", {}).get("phases", [])
-            if self.about.get("mode") == "caption" and phase.value not in seen and seen:
-                raise ConfigError(f"phase: this model never saw {phase.value}, it was trained on {', '.join(seen)}")
-            return *encode_prompts(self.pipe, [text, ""]), text
-        for name in ((phase.value, plane.pretty), (phase.value, "")):
-            if name not in self.rows: continue
-            return self.table[self.rows.index(name)], self.table[0], f"class {' '.join(name)}".strip()
-        known = ", ".join(" ".join(filter(None, r)) for r in self.rows[1:])
-        raise ConfigError(f"phase: this model was trained on {known}, not on {phase.value} {plane.pretty}")
-
-def _table_in(folder: Path) -> tuple[torch.Tensor | None, tuple]:
-    if not (folder/"phase_embeddings.safetensors").exists(): return None, ()
-    rows = tuple(tuple(r) for r in read_json(folder/"phase_embeddings.json")["rows"])
-    return load_checkpoint(folder/"phase_embeddings.safetensors")["table"], rows
-
-def read_run(
-    folder: str | os.PathLike, # of a run
-) -> dict[str, Any]: # its run.json
-    "The record of a run"
-    about = read_json(Path(folder)/"run.json")
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise FormatError(f"{folder}/run.json: is not the record of a fine-tuning")
-    return about
-
-def latest_run(
-    folder: str | os.PathLike, # holds run folders
-) -> Path: # the one that was finished last
-    "Newest complete run, by the time in its record"
-    found = [(about["finished"], p.parent) for p in sorted(Path(folder).glob("*/run.json"))
-             if (about := read_run(p.parent))["complete"]]
-    if not found: raise MissingFile(f"{folder}: holds no complete run")
-    return max(found)[1]
-
-def load_finetuned(
-    path: str | os.PathLike, # run folder, checkpoint of a run, folder of diffusers, hub name, or a LoRA file
-    *,
-    device: str = "auto", # where it goes
-    base: str | os.PathLike | None = None, # base model of a LoRA file; None: the one in the run's record
-    local_files_only: bool = False, # never ask the hub
-) -> FineTuned: # model, words, identity
-    "Load a model to draw with"
-    path, keys = Path(path), {"device": device, "local_files_only": local_files_only}
-    run = path if (path/"run.json").exists() else path.parent.parent if path.parent.name == "checkpoints" else None
-    if run is not None and (run/"run.json").exists(): return _load_run(run, path, base, keys)
-    if path.is_file() and base is not None: # additions made by any program
-        about = read_run(path.parent.parent) if (path.parent.parent/"run.json").exists() else {}
-        digest = weights_digest(resolve_model(base, local_files_only=local_files_only))
-        if about and digest != about["model"]["digest"]:
-            raise DataError(f"{base}: is not the base that {path} was trained from, its weights differ")
-        pipe = load_sd(base, **keys)
-        try: pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as e:
-            raise FormatError(f"{path}: does not fit as additions to {base}: {str(e).splitlines()[0][:160]}") from None
-        return FineTuned(pipe, fingerprint([digest, file_digest(path)]), about,
-                         *_table_in(path.parent))
-    pipe = load_sd(path, **keys)
-    about = read_run(path.parent) if path.name == "pipeline" and (path.parent/"run.json").exists() else {}
-    digest = weights_digest(resolve_model(path, local_files_only=local_files_only))
-    return FineTuned(pipe, digest, about, *_table_in(path))
-
-def _load_run(run: Path, path: Path, base: Any, keys: Mapping[str, Any]) -> FineTuned:
-    about = read_run(run)
-    if path == run and not about["complete"]:
-        raise DataError(f"{run}: this run is not complete. Run the same training again to finish it, or name one of "
-                        f"its checkpoints in {run/'checkpoints'}")
-    if path == run and (run/"pipeline").is_dir(): return load_finetuned(run/"pipeline", **keys)
-    base = resolve_model(base if base is not None else about["model"]["path"],
-                         local_files_only=keys["local_files_only"])
-    if weights_digest(base) != about["model"]["digest"]:
-        raise DataError(f"{base}: is not the base that {run} was trained from, its weights differ")
-    file = run/"model.safetensors" if path == run else path
-    pipe, saved = load_sd(base, **keys), load_checkpoint(file)
-    state = saved["ema"]["shadow"] if saved.get("ema") else saved["model"]
-    rows = tuple([("", ""), *map(tuple, about["classes"])]) if about["mode"] == "class" else ()
-    table = nn.Parameter(state["table"].clone()) if rows else torch.zeros(1, 1, pipe.unet.config.cross_attention_dim)
-    cfg = check_config(FinetuneConfig, about["settings"], f"{run}/run.json")
-    net = Denoiser(pipe.unet, table, train=cfg.train, rank=cfg.rank, alpha=cfg.alpha)
-    load_weights(net, state)
-    net.eval().requires_grad_(False).to(pipe.device)
-    digest = fingerprint([about["model"]["digest"], file_digest(file)])
-    return FineTuned(pipe, digest, about, state["table"] if rows else None, rows)
 
 # %% [markdown]
 # ## The command
@@ -558,26 +436,10 @@ with raises(OutputExists, match="never overwritten"): finetune(**common, run_nam
 
 # %%
 part = finetune(**common, run_name="again", stop_at=7)
-with raises(DataError, match="not complete"): load_finetuned(root/"runs"/"again", device="cpu")
+assert not read_run(root/"runs"/"again")["complete"]
 rest = finetune(**common, run_name="again", resume_from_checkpoint="latest")
 assert not part["finished"] and rest["finished"]
 assert all((root/"runs"/"again"/n).read_bytes() == (run/n).read_bytes()
            for n in ("model.safetensors", "log.csv", "lora/pytorch_lora_weights.safetensors"))
 with raises(MissingFile, match="holds no checkpoint"): finetune(**common, run_name="x", resume_from_checkpoint="latest")
-
-# %% [markdown]
-# The model draws from the run folder, and from the LoRA file with its base; the two agree.
-
-# %%
-trained = load_finetuned(run, device="cpu")
-as_file = load_finetuned(run/"lora"/"pytorch_lora_weights.safetensors", base=base, device="cpu")
-drawn = []
-for m in (trained, as_file):
-    condition, empty, text = m.condition(Phase.tM, FocalPlane.F0)
-    drawn.append(to_grey(sample(m.pipe, condition, empty, [7], steps=5)[0]))
-text, latest_run(root/"runs").name, np.abs(drawn[0].astype(int) - drawn[1]).max()
-
-# %%
-assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1 and text.endswith("at phase tM")
-with raises(ConfigError, match="never saw t8"): trained.condition(Phase.t8, FocalPlane.F0)
 place.cleanup()

@@ -31,7 +31,8 @@ from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, On
                             sweep_temporary, write_json)
 from medvol_nb.embryo.dataset import Item, to_float
 from medvol_nb.embryo.diffusion import picture_number
-from medvol_nb.embryo.finetune import MODEL_LICENCE, FineTuned, latest_run, load_finetuned, versions
+from medvol_nb.embryo.finetune import MODEL_LICENCE, versions
+from medvol_nb.embryo.finetuned import FineTuned, latest_run, load_finetuned
 from medvol_nb.embryo.phases import DATA_LICENCE, PHASES, FocalPlane, Phase
 from medvol_nb.embryo.tiny import SOLVERS, is_blank, sample, to_grey
 

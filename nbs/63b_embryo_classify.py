@@ -33,15 +33,16 @@ from medvol_nb.config import Config, ConfigPath
 from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, fingerprint, log, plain,
                             rng_for)
 from medvol_nb.embryo.dataset import merged_phases
+from medvol_nb.embryo.features import Extractor, Features, LabelledImages, extract_features
 from medvol_nb.embryo.phases import DATA_LICENCE, PHASES
-from medvol_nb.embryo.quality import Extractor, Features, LabelledImages, extract_features
 from medvol_nb.torchcore import Batches, FitConfig, FitResult, FitState, fit
 
 # %%
 import tempfile
 
-from medvol_nb import phantoms, plot
+from medvol_nb import plot
 from medvol_nb.core import close, raises
+from medvol_nb.embryo.features import phantom_images
 
 # %% [markdown]
 # ## Networks
@@ -435,14 +436,9 @@ def predict_phases(
     return extract_features(classifier.extractor, images, **options)
 
 # %%
-def pictures(phases, seeds, size=48):
-    at = [(p, s) for s in seeds for p in phases]
-    return LabelledImages.of([phantoms.embryo_frame(p, size, s) for p, s in at], [p for p, _ in at],
-                             [f"E{s}" for _, s in at], [f"F+00_E{s}_{p + 1}" for p, s in at])
-
 place = tempfile.TemporaryDirectory()
 folder, some = Path(place.name), (0, 3, 5, 11, 13)
-train, val, test = (pictures(some, range(a, b)) for a, b in ((0, 24), (100, 110), (200, 212)))
+train, val, test = (phantom_images(some, range(a, b), 48) for a, b in ((0, 24), (100, 110), (200, 212)))
 settings = ClassifierConfig(architecture="small", size=48, epochs=8, lr=4e-3, device="cpu")
 done = train_classifier(train, val, settings, out_dir=folder/"small")
 scores = [(int(r["step"]), float(r["val_balanced_accuracy"])) for r in done.log if r.get("val_balanced_accuracy")]

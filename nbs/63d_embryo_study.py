@@ -33,7 +33,7 @@ from medvol_nb.embryo.dataset import EmbryoFrames
 from medvol_nb.embryo.diffusion import picture_number
 from medvol_nb.embryo.generate import read_record
 from medvol_nb.embryo.phases import PHASES
-from medvol_nb.embryo.quality import LabelledImages
+from medvol_nb.embryo.features import LabelledImages
 from medvol_nb.embryo.scores import phase_metrics, read_predictions, write_predictions
 
 # %%
@@ -41,8 +41,9 @@ import tempfile
 
 from PIL import Image
 
-from medvol_nb import phantoms
 from medvol_nb.core import raises
+from medvol_nb.embryo.features import phantom_images
+from medvol_nb.phantoms import embryo_frame
 
 # %% [markdown]
 # ## Pictures from where they are
@@ -89,7 +90,7 @@ place = tempfile.TemporaryDirectory()
 folder = Path(place.name)
 (folder/"runs"/"t4").mkdir(parents=True)
 write_json(folder/"runs"/"t4"/"metadata.json", {"phase": "t4", "focal-plane": "F+00", "synthetic": True})
-for k in (0, 2, 10): Image.fromarray(phantoms.embryo_frame(5, 32, k)).save(folder/"runs"/"t4"/f"img{k}.png")
+for k in (0, 2, 10): Image.fromarray(embryo_frame(5, 32, k)).save(folder/"runs"/"t4"/f"img{k}.png")
 one = images_of_run(find_runs(folder/"runs")[0])
 one.ids, one.phases.tolist(), one.synthetic.tolist()
 
@@ -149,17 +150,10 @@ def arm_images(
     return chosen + synthetic.at(np.sort(np.concatenate(extra)))
 
 # %%
-def pictures(phases, seeds, size=32, noise=0.0, synthetic=False):
-    at = [(p, s) for s in seeds for p in phases]
-    def frame(p, s):
-        out = phantoms.embryo_frame(p, size, s)
-        return out if not noise else rng_for(s, "noise", p).integers(0, 256, (size, size)).astype(np.uint8)
-    return LabelledImages.of([frame(p, s) for p, s in at], [p for p, _ in at],
-                             None if synthetic else [f"E{s}" for _, s in at], [f"F+00_E{s}_{p + 1}" for p, s in at])
-
 some = (0, 5, 13)
-real, val, test = (pictures(some, range(a, b)) for a, b in ((0, 8), (100, 106), (200, 220)))
-useful, useless = pictures(some, range(300, 330), synthetic=True), pictures(some, range(30), noise=1, synthetic=True)
+real, val, test = (phantom_images(some, range(a, b), 32) for a, b in ((0, 8), (100, 106), (200, 220)))
+useful = phantom_images(some, range(300, 330), 32, synthetic=True)
+useless = LabelledImages.of(list(rng_for(0, "noise").integers(0, 256, (90, 32, 32), np.uint8)), some*30)
 [(a.name, len(arm_images(a, real, useful))) for a in plan_arms((0.5, 1), (1, 3))]
 
 # %%

@@ -27,11 +27,11 @@ from medvol_nb.core import ConfigError, DataError, OnExists, atomic, check_outpu
 from medvol_nb.embryo.classify import (Architecture, ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from medvol_nb.embryo.dataset import EmbryoFrames, merged_phases
+from medvol_nb.embryo.features import LabelledImages, balanced, extract_features
 from medvol_nb.embryo.generate import read_record
 from medvol_nb.embryo.index import EmbryoIndex, build_index
 from medvol_nb.embryo.phases import PHASES, FocalPlane, label_frames, parse_label, parse_planes, read_phases
-from medvol_nb.embryo.quality import (Copies, LabelledImages, add_quality, balanced, copies_figure, extract_features,
-                                      refuse_copies, run_quality)
+from medvol_nb.embryo.quality import Copies, add_quality, copies_figure, refuse_copies, run_quality
 from medvol_nb.embryo.scores import (decode_videos, fit_transitions, phase_metrics, plot_metrics, read_metrics,
                                      read_predictions, write_metrics, write_predictions)
 from medvol_nb.embryo.splits import load_split, set_name

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from medvol_nb.embryo.features import LabelledImages, phantom_images
 from torch import nn
 
 from medvol_nb import phantoms
@@ -22,7 +23,6 @@ from medvol_nb.embryo.classify import (
     turned,
 )
 from medvol_nb.embryo.phases import PHASES
-from medvol_nb.embryo.quality import LabelledImages
 
 torch.set_num_threads(1)
 SMALL = ClassifierConfig(
@@ -30,16 +30,9 @@ SMALL = ClassifierConfig(
 )
 
 
-def pictures(phases, seeds, size=32, synthetic=False):
-    at = [(p, s) for s in seeds for p in phases]
-    frames = [phantoms.embryo_frame(p, size, s) for p, s in at]
-    videos = None if synthetic else [f"E{s}" for _, s in at]
-    return LabelledImages.of(frames, [p for p, _ in at], videos, [f"F+00_E{s}_{p + 1}" for p, s in at])
-
-
 @pytest.fixture(scope="module")
 def sets():
-    return [pictures((0, 5, 13), range(a, b)) for a, b in ((0, 10), (100, 106), (200, 210))]
+    return [phantom_images((0, 5, 13), range(a, b), 32) for a, b in ((0, 10), (100, 106), (200, 210))]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +117,7 @@ def test_turns_show_the_same_pixels_and_each_is_drawn():
 
 
 def test_pictures_are_kept_as_far_as_there_is_room():
-    images = pictures((0, 5), range(4))
+    images = phantom_images((0, 5), range(4), 32)
     data = TrainingPictures(images, SMALL, keep_bytes=3 * 32 * 32)
     for i in range(8):
         data.load(i)
@@ -156,7 +149,7 @@ def test_D26_weights_of_monai_predict_as_monai_does(tmp_path):
     with pytest.raises(ConfigError, match="Pass the architecture"):
         load_classifier(tmp_path / "d.pth")
     judge = load_classifier(tmp_path / "d.pth", "densenet121", size=64)
-    images = pictures((0, 5), range(2), 64)
+    images = phantom_images((0, 5), range(2))
     x = torch.from_numpy(np.stack([images.load(i, 64) for i in range(4)]))[:, None] / 255
     with torch.no_grad():
         expected = theirs(x).softmax(1).numpy()
@@ -208,7 +201,7 @@ def test_sets_that_would_mislead_are_refused(sets, tmp_path):
     with pytest.raises(DataError, match="videos are in training and validation, such as E0"):
         train_classifier(train, train, SMALL, out_dir=tmp_path / "r")
     with pytest.raises(DataError, match="validation pictures must be real"):
-        train_classifier(train, pictures((0,), range(3), synthetic=True), SMALL, out_dir=tmp_path / "r")
+        train_classifier(train, phantom_images((0,), range(3), 32, synthetic=True), SMALL, out_dir=tmp_path / "r")
     with pytest.raises(DataError, match="both are needed"):
         train_classifier(train, val.at(val.phases == 9), SMALL, out_dir=tmp_path / "r")
     assert not (tmp_path / "r").exists()
@@ -242,7 +235,7 @@ def test_wrong_weight_files_are_named(trained, tmp_path):
 @pytest.mark.slow
 def test_A15_small_network_recognises_phantoms_it_has_not_seen(tmp_path):
     "640 training and 320 test phantoms of 64 pixels; 90 % balanced accuracy"
-    train, val, test = (pictures(range(16), range(a, b), 64) for a, b in ((0, 40), (100, 105), (200, 220)))
+    train, val, test = (phantom_images(range(16), range(a, b)) for a, b in ((0, 40), (100, 105), (200, 220)))
     cfg = ClassifierConfig(architecture="small", size=64, epochs=14, batch_size=16, lr=4e-3, device="cpu")
     train_classifier(train, val, cfg, out_dir=tmp_path / "r")
     probs = predict_phases(load_classifier(tmp_path / "r"), test, device="cpu").probs

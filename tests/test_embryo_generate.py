@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from medvol_nb.embryo.finetuned import load_finetuned
 from PIL import Image
 
 from medvol_nb import phantoms
@@ -20,7 +21,7 @@ from medvol_nb.core import (
     read_json,
     rng_for,
 )
-from medvol_nb.embryo.finetune import finetune, load_finetuned
+from medvol_nb.embryo.finetune import finetune
 from medvol_nb.embryo.generate import (
     Mixed,
     RunSpec,

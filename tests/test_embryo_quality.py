@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from medvol_nb.embryo.features import Extractor, LabelledImages, balanced, extract_features, phantom_images
 from PIL import Image
 from torch import nn
 
@@ -13,13 +14,9 @@ from medvol_nb import phantoms
 from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, read_csv, rng_for
 from medvol_nb.embryo.phantom import jpeg_bytes
 from medvol_nb.embryo.quality import (
-    Extractor,
-    LabelledImages,
     add_quality,
-    balanced,
     correlation,
     distances,
-    extract_features,
     find_copies,
     frechet_distance,
     kernel_distance,
@@ -45,9 +42,7 @@ POOLED = Extractor(Pooled(), 64)
 
 
 def pictures(phase, seeds, size=64, synthetic=False):
-    seeds = list(seeds)
-    frames = [phantoms.embryo_frame(phase, size, s) for s in seeds]
-    return LabelledImages.of(frames, [phase] * len(seeds), None if synthetic else [f"E{s}" for s in seeds])
+    return phantom_images([phase], seeds, size, synthetic)
 
 
 def gaussian(seed, n, d=12, scale=1.0, shift=0.0):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from medvol_nb.embryo.features import extract_features
 
 from medvol_nb.core import write_json
 from medvol_nb.embryo.classify import ClassifierConfig, load_classifier, train_classifier
@@ -18,7 +19,7 @@ from medvol_nb.embryo.folders import make_image_folder
 from medvol_nb.embryo.generate import generate
 from medvol_nb.embryo.index import build_index
 from medvol_nb.embryo.phases import PHASES
-from medvol_nb.embryo.quality import extract_features, frechet_distance
+from medvol_nb.embryo.quality import frechet_distance
 from medvol_nb.embryo.study import find_runs, images_of_run
 from medvol_nb.embryo.tiny import make_tiny_sd, teach_autoencoder
 

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from medvol_nb.embryo.features import LabelledImages, phantom_images
 
 from medvol_nb import phantoms
 from medvol_nb.core import ConfigError, DataError, FormatError, read_csv, rng_for, write_json
@@ -12,7 +13,6 @@ from medvol_nb.embryo.classify import ClassifierConfig
 from medvol_nb.embryo.dataset import EmbryoFrames
 from medvol_nb.embryo.index import build_index
 from medvol_nb.embryo.phantom import jpeg_bytes, make_phantom_dataset
-from medvol_nb.embryo.quality import LabelledImages
 from medvol_nb.embryo.study import (
     Arm,
     arm_images,
@@ -30,21 +30,9 @@ CFG = ClassifierConfig(
 )
 
 
-def pictures(seeds, synthetic=False, noise=False, phases=(0, 5, 13)):
-    at = [(p, s) for s in seeds for p in phases]
-
-    def frame(p, s):
-        if noise:
-            return rng_for(s, "noise", p).integers(0, 256, (32, 32)).astype(np.uint8)
-        return phantoms.embryo_frame(p, 32, s)
-
-    videos = None if synthetic else [f"E{s}" for _, s in at]
-    ids = [f"F+00_E{s}_{p + 1}" for p, s in at]
-    return LabelledImages.of([frame(p, s) for p, s in at], [p for p, _ in at], videos, ids)
-
-
-REAL, VAL, TEST = (pictures(range(a, b)) for a, b in ((0, 5), (100, 104), (200, 212)))
-NOISE = pictures(range(20), synthetic=True, noise=True)
+SOME = (0, 5, 13)
+REAL, VAL, TEST = (phantom_images(SOME, range(a, b), 32) for a, b in ((0, 5), (100, 104), (200, 212)))
+NOISE = LabelledImages.of(list(rng_for(0, "noise").integers(0, 256, (60, 32, 32), np.uint8)), SOME * 20)
 
 
 def test_pictures_of_a_data_set_carry_phase_video_and_name(tmp_path):
@@ -78,7 +66,7 @@ def test_D22_D23_runs_are_read_in_both_spellings_and_incomplete_ones_refused(tmp
 
 
 def test_arms_are_nested_matched_by_phase_and_named_by_seed():
-    made = pictures(range(300, 340), synthetic=True)
+    made = phantom_images(SOME, range(300, 340), 32, synthetic=True)
     shares = [arm_images(Arm("real", f), REAL, made, 3) for f in (0.2, 0.6, 1)]
     assert [len({*s.videos}) for s in shares] == [1, 3, 5]
     assert {*shares[0].videos} < {*shares[1].videos} < {*shares[2].videos}

@@ -27,7 +27,7 @@ from .store import embed_volume
 from .transforms import (Estimate, Field, Model, Transform, as_field, compose, estimate_transform,
                                         warp, write_transform)
 from ..geometry import Volume, corners, resample, to_world
-from ..parallel import BatchError, Ledger, describe, on_cluster, pmap
+from ..parallel import BatchError, Ledger, digests, on_cluster, pmap
 from ..volume import read_volume, stem_of, write_volume
 
 # %% ../../nbs/35b_embed_register.ipynb #_levels
@@ -356,12 +356,10 @@ def register(
         found = register_pair(a, b, matcher, model=model, deformable=deformable, spacing=spacing, max_angle=max_angle)
         if found.report["status"] == "failed": raise DataError(f"{case}: not registered, {found.report['reason']}")
         files = write_registration(found, a, out, case, spacing=spacing)
-        return {"outputs": [p.name for p in files], "source": [describe(p)["sha256"] for p in pairs[case]]}
+        return {"outputs": [p.name for p in files], "source": digests(pairs[case])}
     keys = list(pairs)
     with Ledger(out/"ledger.jsonl", params, on_exists=on_exists) as ledger:
-        for case in keys: # a scan that was replaced is registered again
-            if ledger.is_done(case) and ledger.value(case)["source"] != [describe(p)["sha256"] for p in pairs[case]]:
-                ledger.failed(case, "a scan has changed")
+        ledger.recheck(pairs)
         with on_cluster(dask):
             values, failures = pmap(one, keys, workers, keys=keys, desc="register", errors="collect", ledger=ledger)
     write_csv(out/"failed.csv", [{"pair": keys[f.index], "error": f.error} for f in failures], ["pair", "error"])

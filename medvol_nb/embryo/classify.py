@@ -26,8 +26,8 @@ from ..config import Config, ConfigPath
 from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, fingerprint, log, plain,
                             rng_for)
 from .dataset import merged_phases
+from .features import Extractor, Features, LabelledImages, extract_features
 from .phases import DATA_LICENCE, PHASES
-from .quality import Extractor, Features, LabelledImages, extract_features
 from ..torchcore import Batches, FitConfig, FitResult, FitState, fit
 
 # %% ../../nbs/63b_embryo_classify.ipynb #Architecture

@@ -19,11 +19,11 @@ from ..core import ConfigError, DataError, OnExists, atomic, check_output, read_
 from .classify import (Architecture, ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from .dataset import EmbryoFrames, merged_phases
+from .features import LabelledImages, balanced, extract_features
 from .generate import read_record
 from .index import EmbryoIndex, build_index
 from .phases import PHASES, FocalPlane, label_frames, parse_label, parse_planes, read_phases
-from .quality import (Copies, LabelledImages, add_quality, balanced, copies_figure, extract_features,
-                                      refuse_copies, run_quality)
+from .quality import Copies, add_quality, copies_figure, refuse_copies, run_quality
 from .scores import (decode_videos, fit_transitions, phase_metrics, plot_metrics, read_metrics,
                                      read_predictions, write_metrics, write_predictions)
 from .splits import load_split, set_name

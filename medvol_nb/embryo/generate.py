@@ -23,7 +23,8 @@ from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, 
                             sweep_temporary, write_json)
 from .dataset import Item, to_float
 from .diffusion import picture_number
-from .finetune import MODEL_LICENCE, FineTuned, latest_run, load_finetuned, versions
+from .finetune import MODEL_LICENCE, versions
+from .finetuned import FineTuned, latest_run, load_finetuned
 from .phases import DATA_LICENCE, PHASES, FocalPlane, Phase
 from .tiny import SOLVERS, is_blank, sample, to_grey
 

@@ -24,7 +24,7 @@ from .dataset import EmbryoFrames
 from .diffusion import picture_number
 from .generate import read_record
 from .phases import PHASES
-from .quality import LabelledImages
+from .features import LabelledImages
 from .scores import phase_metrics, read_predictions, write_predictions
 
 # %% ../../nbs/63d_embryo_study.ipynb #images_of

@@ -31,7 +31,7 @@ from .contrast import (Contrast, ContrastConfig, NetworkConfig, PointSampler, bu
                                       contrast_loss, describe_network, load_network, plateau, retrieval,
                                       retrieval_points)
 from .stores import PairReader, open_pairs
-from ..torchcore import Batches, FitConfig, FitResult, FitState, fit
+from ..torchcore import Batches, FitConfig, FitResult, FitState, at_start, fit
 
 # %% ../../nbs/44a_synth_pretrain.ipynb #Span
 Span = tuple[float, float]
@@ -359,9 +359,7 @@ def pretrain_network(
     settings = cfg.model_dump(mode="json", exclude={"fit", "workers", "start_from"})
     def loss(wrapped: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return contrast_loss(wrapped(batch["img"], batch["points"]), batch["labels"], cfg.contrast, model.weights)
-    def keep(event: str, state: FitState) -> None:
-        if event == "start" and state.rank == 0:
-            write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite")
+    keep = at_start(lambda: write_json(Path(out_dir)/"config.json", plain(cfg.model_dump(mode="json")), "overwrite"))
     return fit(model, batches, loss, cfg.fit, out_dir=out_dir, validate=check, callbacks=[keep, *callbacks],
                config={"model": about, "settings": settings, "start": started, "data": plain(data)},
                on_exists=on_exists, stop_at=stop_at, desc="pretraining")

@@ -7,12 +7,10 @@ __all__ = ['PROGRESS', 'unit_vectors', 'Encoding', 'encoding_for', 'axis_tensors
            'create_predictions', 'Predictions', 'halve', 'build_pyramid', 'write_tif', 'finish_predictions']
 
 # %% ../../nbs/58_zarrnet_outputs.ipynb #imports
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 
 from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, _fsync,
                             atomic, optional, plain, read_json, remove_tree, write_json, write_text)
-from ..stores import as_format_error, create_array, downsample2, new_store, packers_for
+from ..stores import as_format_error, create_array, downsample2, new_store, packers_for, settled
 from .columns import room_in
 from .config import Target, infer_kind
 
@@ -260,18 +258,7 @@ def create_predictions(
         write_json(progress/"run.json", {"version": 1, "key": key, "columns": columns})
     return Predictions(path, encodings, form, resumed=False)
 
-# %% ../../nbs/58_zarrnet_outputs.ipynb #_put
-def _put(array: Any, corner: Sequence[int], block: np.ndarray) -> None:
-    "Write chunk by chunk in a few threads: when one fails, the others are waited for, which zarr itself does not do"
-    cuts = [[slice(c, c + 1) for c in range(n)] for n in block.shape[:-3]]
-    cuts += [[slice(max(k, a), min(k + c, a + n)) for k in range(a//c*c, a + n, c)]
-             for a, n, c in zip(corner, block.shape[-3:], array.chunks[-3:])]
-    parts, origin = list(itertools.product(*cuts)), (*(0 for _ in block.shape[:-3]), *corner)
-    def one(part: tuple[slice, ...]) -> None:
-        array[part] = block[tuple(slice(s.start - a, s.stop - a) for s, a in zip(part, origin))]
-    with ThreadPoolExecutor(min(4, len(parts)), "medvol-chunks") as pool: done = [pool.submit(one, p) for p in parts]
-    for d in done: d.result()
-
+# %% ../../nbs/58_zarrnet_outputs.ipynb #Predictions
 class Predictions:
     "A store of predictions in the making: its arrays, what is finished, and what it was made from"
     def __init__(
@@ -351,7 +338,8 @@ class Predictions:
         files = list(self._chunk_files(array, corner, block.shape[-3:]))
         if not block.any() and not any(f.exists() for f in files): return 0
         for left in [p for f in files if self.resumed for p in f.parent.glob(f"{f.name}.*.partial")]: left.unlink()
-        with room_in(self.path, block.nbytes): _put(array, corner, block)
+        region = tuple(slice(a, a + n) for a, n in zip((*(0 for _ in block.shape[:-3]), *corner), block.shape))
+        with room_in(self.path, block.nbytes), settled(): array[region] = block
         there = [f for f in files if f.is_file()]
         for f in [*there, *sorted({f.parent for f in there})]: _fsync(f)
         return sum(f.stat().st_size for f in there)

@@ -20,8 +20,8 @@ from ..checkpoints import Converter, load_checkpoint, load_foreign, load_weights
 from ..config import check_config
 from ..core import (ConfigError, DataError, FormatError, MissingFile, OnExists, atomic, check_output,
                             fingerprint, log, plain, rng_for, write_json)
-from ..torchcore import (Batches, FitConfig, FitResult, FitState, autocast_for, device_for, fit, precision_for,
-                                 to_device)
+from ..torchcore import (Batches, FitConfig, FitResult, FitState, at_start, autocast_for, device_for, fit,
+                                 precision_for, to_device)
 from .augment import Augment, AugmentConfig
 from .config import NetworkConfig, Target, ZarrConfig
 from .data import GroupedBatches, ImageNormalizer, VolumeDataset, fit_normalizer
@@ -274,16 +274,16 @@ def train_network(
     identity = {"model": about, "split": parts.split.hash, "start": started,
                 "settings": plain(tr.model_dump(mode="json", exclude=_FREE)),
                 "augmentation": cfg.dataset_config.augmentation}
-    def keep(event: str, state: FitState) -> None:
-        if event == "start" and state.rank == 0:
-            write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
-            write_split(out/"split.json", parts.split, parts.patches)
+    def keep() -> None:
+        write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
+        write_split(out/"split.json", parts.split, parts.patches)
     if tr.compile: parts.model.compile()
     def loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict:
         return parts.loss(model(batch["image"]), batch)
     films = [_film(cfg, val, out)] if val is not None and tr.debug_gif_every else []
-    return fit(parts.model, batches, loss, settings, out_dir=out, validate=val, callbacks=[keep, *films, *callbacks],
-               config=identity, on_exists=on_exists, stop_at=stop_at, desc=tr.model_name)
+    return fit(parts.model, batches, loss, settings, out_dir=out, validate=val,
+               callbacks=[at_start(keep), *films, *callbacks], config=identity, on_exists=on_exists, stop_at=stop_at,
+               desc=tr.model_name)
 
 def _film(cfg: ZarrConfig, val: Validation, out: Path) -> Callable[[str, FitState], None]:
     "Callback that shows the first validation patch after an epoch"
