@@ -385,6 +385,7 @@ def write_ome_zarr(
     labels: bool = False, # voxels are labels: never averaged
     chunks: int | Sequence[int] = 64, # of the spatial axes [voxel]
     unit: str = "millimeter", # unit the scales are written in
+    image_label: Mapping | None = None, # colours and names of labels, as OME-NGFF has them; makes it a label image
 ) -> Path: # `path`
     "Write a multiscale image that other OME-Zarr readers understand, checksummed and all at once"
     path = Path(path)
@@ -409,8 +410,9 @@ def write_ome_zarr(
     axes = [{"name": "c", "type": "channel"}]*lead + [{"name": a, "type": "space", "unit": unit} for a in "zyx"]
     image = {"axes": axes, "datasets": sets, "name": path.stem, "type": "nearest" if labels else "mean"}
     three = version == "0.5"
-    old = {"multiscales": [{**image, "version": "0.4"}]}
-    attributes = {"ome": {"version": "0.5", "multiscales": [image]}} if three else old
+    about = {} if image_label is None else {"image-label": {**({} if three else {"version": "0.4"}), **image_label}}
+    old = {"multiscales": [{**image, "version": "0.4"}], **about}
+    attributes = {"ome": {"version": "0.5", "multiscales": [image], **about}} if three else old
     with new_store(path, version=3 if three else 2, attributes=attributes) as group:
         current = vol
         for k in range(levels):
