@@ -63,10 +63,11 @@ case
 # ## Out and in
 # On the way out the axes become (c, x, y, z), the values are copied, since transforms may work in place, and unsigned
 # numbers of 16 bits and more become signed ones of twice the width, for which torch has all operations. Order of axes
-# and number type are noted in the entry itself, in a place that both libraries carry through their transforms.
+# and number type are noted in the entry itself.
 #
-# On the way in they are restored. Maps that became floats are made whole numbers again, and refused if they are none:
-# then somebody interpolated a label.
+# On the way in they are restored. A transform may make new entries without the notes, as TorchIO's `Crop` does; then
+# the volume comes back as `xyz` with the tensor's number type, at the right place all the same. Maps that became floats
+# are made whole numbers again, and refused if they are none: then somebody interpolated a label.
 
 # %%
 #| export
