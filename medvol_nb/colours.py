@@ -87,7 +87,7 @@ def colour_table(
     named = {0: "background" if kind == "slicer" else "Clear Label"} | _checked_names(names, kind, where)
     rgb = table_colours(named, colours)
     if kind == "slicer":
-        lines = [f"# Color table file {where}", f"# {max(named) + 1} values"]
+        lines = [f"# Color table file {' '.join(where.split())}", f"# {max(named) + 1} values"]
         lines += [f"{i} {n.replace(' ', '_')} {' '.join(map(str, rgb[i]))} {255*bool(i)}" for i, n in named.items()]
         return "\n".join(lines) + "\n"
     lines = [f'{i:5d} ' + "".join(f"{v:5d}" for v in rgb[i]) + f'{bool(i):9d}{bool(i):3d}{bool(i):3d}    "{n}"'
@@ -158,8 +158,8 @@ def read_colour_table(
 ) -> tuple[dict[int, str], dict[int, tuple[int, int, int]]]: # id -> name, and id -> red, green, blue; no background
     "Read names and colours of labels that 3D Slicer, ITK-SNAP or an OME-Zarr writer stored"
     path = Path(path)
-    if path.suffix == ".zarr" or any(p.suffix == ".zarr" for p in path.parents): return _zarr_table(path)
     if path.suffix not in _KINDS:
+        if any(p.suffix == ".zarr" for p in (path, *path.parents)): return _zarr_table(path)
         raise FormatError(f"{path}: colour tables are .ctbl (3D Slicer), .label, .txt (ITK-SNAP), and OME-Zarr labels")
     text, kind = _read_text(path, _MAX_TABLE), _KINDS[path.suffix]
     if path.suffix == ".txt":

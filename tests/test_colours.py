@@ -152,6 +152,15 @@ def test_colours_are_those_of_the_figures():
     assert np.array_equal(np.array(list(found.values())), np.round(255*label_colours(300)))
 
 
+def test_odd_file_names(tmp_path):
+    "The name stands in the file, on one line"
+    path = write_colour_table(tmp_path/"a\n7 b 1 2 3 4\n;.ctbl", NAMES)
+    assert read_colour_table(path)[0] == as_names(as_slicer_reads(path.read_text("utf-8"))) == NAMES
+
+
+def as_names(table: dict) -> dict: return {i: v[0] for i, v in table.items() if i}
+
+
 def test_label_space_as_tables(tmp_path):
     space = LabelSpace.shipped()
     (tmp_path/"X_5_folds.json").write_text(json.dumps({"training": [], "label_dict": {"1": "liver", "2": "a new one"}}))
