@@ -283,10 +283,10 @@ def _zarr_table(path: Path) -> tuple[dict[int, str], dict[int, Colour]]:
 #| export
 def _add_to_image(path: Path) -> Literal["0.4", "0.5"]:
     "Make room for a label in the store of its image; the version of OME-NGFF to write"
-    group = path.parent
-    if group.name != "labels" or group.parent.suffix != ".zarr":
+    group, image = path.parent, path.parent.parent
+    if group.name != "labels" or image.suffix != ".zarr":
         raise DataError(f"{path}: labels of an OME-Zarr image are written to {_split(path)[0]}/labels/NAME")
-    three, image = (group.parent/"zarr.json").exists(), group.parent
+    three = (image/"zarr.json").exists()
     if (image/".zmetadata").exists() or three and read_json(image/"zarr.json").get("consolidated_metadata"):
         raise DataError(f"{image}: its metadata is consolidated and would not know the label. Write the store anew")
     if not group.exists():
@@ -343,11 +343,11 @@ def _write_label_zarr(vol: Volume, path: Path, about: Mapping, on_exists: OnExis
         if not same_grid(image, to_axes(vol, image.spatial_axes)):
             raise DataError(f"{path}: the label lies on another grid than the image of the store. Use resample_to")
         version = _add_to_image(path)
-    if not check_output(path, on_exists): return []
-    more = {"source": {"image": "../../"}} if inner else {}
-    write_ome_zarr(vol, path, on_exists, version=version, labels=True, image_label={**about, **more})
-    if inner: _list_label(path, version == "0.5")
-    return [path]
+    if go := check_output(path, on_exists):
+        more = {"source": {"image": "../../"}} if inner else {}
+        write_ome_zarr(vol, path, on_exists, version=version, labels=True, image_label={**about, **more})
+    if inner: _list_label(path, version == "0.5") # also when it is there: an earlier run may have ended before this
+    return [path] if go else []
 
 # %%
 body = phantoms.abdomen((48, 36, 42))

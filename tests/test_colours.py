@@ -326,6 +326,21 @@ def test_labels_in_the_store_of_their_image(version, body, tmp_path):
     assert not list(store.rglob(".mvtmp*"))
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_label_that_was_not_listed_yet(version, body, tmp_path):
+    "A run that ended between the label and the list of labels goes on where it stopped"
+    scan, lbl, names = body
+    store = tmp_path/"scan.ome.zarr"
+    write_ome_zarr(to_axes(scan, "zyx"), store, version=version)
+    write_label(lbl, store/"labels"/"organs", names)
+    file = store/"labels"/("zarr.json" if version == "0.5" else ".zattrs")
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"organs"', b""))
+    assert attributes(store/"labels")["labels"] == []
+    assert write_label(lbl, store/"labels"/"organs", names, on_exists="skip") == []
+    assert attributes(store/"labels")["labels"] == ["organs"] and file.read_bytes() == whole
+
+
 def test_labels_in_a_store_of_their_own(body, tmp_path):
     _, lbl, names = body
     assert write_label(lbl, tmp_path/"organs.zarr", names) == [tmp_path/"organs.zarr"]
