@@ -23,7 +23,7 @@ FAULTS = { # row -> (part, what is injected); what is promised stands in the tes
     2: ("JSON", "files cut off, byte order mark, equal keys, NaN, 100,000 levels, 200 MB, another encoding"),
     3: ("data lists", "wrong types: folds that are text or negative, label ids, images"),
     4: ("data lists", "expressions, `_target_`s and tags that would run a program"),
-    5: ("data lists", "the lists that VISTA3D publishes, and examples of the other formats"),
+    5: ("data lists", "lists in the form of the 25 that VISTA3D publishes, and examples of the other formats"),
     6: ("data lists", "nine kinds of bad cases, twelve of each: lost files, repeated images, patients in two folds, "
         "other grids, unknown label values, empty labels, NaN"),
     7: ("data lists", "label dictionaries with gaps, repeated names, names that no label space knows"),

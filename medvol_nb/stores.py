@@ -246,11 +246,13 @@ def create_array(
     shards: Sequence[int] | None = None, # version 3 only: several chunks in one file, each a multiple of `chunks`
     compressor: Mapping[str, Any] | None = None, # see `packers_for`; None: zstd of level 3
     nested: bool = False, # version 2: a folder for each index of a chunk, as version 3 always has it
+    axes: str | None = None, # names of the dimensions, kept by version 3
 ) -> Any: # zarr array; chunks that hold nothing but 0 are not stored
     "New zarr array with compression and checksums, in the version of its group"
     version = group.metadata.zarr_format
     packers = packers_for(compressor or {"name": "zstd", "level": 3}, version)
     extra: dict[str, Any] = {"shards": tuple(shards)} if shards is not None else {}
+    if axes is not None and version == 3: extra["dimension_names"] = list(axes)
     if nested and version == 2: extra["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
     return group.create_array(name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), compressors=packers,
                               fill_value=0, attributes=dict(attributes or {}), config={"write_empty_chunks": False},
@@ -339,6 +341,7 @@ def write_ome_zarr(
     labels: bool = False, # voxels are labels: never averaged
     chunks: int | Sequence[int] = 64, # of the spatial axes [voxel]
     unit: str = "millimeter", # unit the scales are written in
+    image_label: Mapping | None = None, # colours and names of labels, as OME-NGFF has them; makes it a label image
 ) -> Path: # `path`
     "Write a multiscale image that other OME-Zarr readers understand, checksummed and all at once"
     path = Path(path)
@@ -363,12 +366,14 @@ def write_ome_zarr(
     axes = [{"name": "c", "type": "channel"}]*lead + [{"name": a, "type": "space", "unit": unit} for a in "zyx"]
     image = {"axes": axes, "datasets": sets, "name": path.stem, "type": "nearest" if labels else "mean"}
     three = version == "0.5"
-    old = {"multiscales": [{**image, "version": "0.4"}]}
-    attributes = {"ome": {"version": "0.5", "multiscales": [image]}} if three else old
+    about = {} if image_label is None else {"image-label": {**({} if three else {"version": "0.4"}), **image_label}}
+    old = {"multiscales": [{**image, "version": "0.4"}], **about}
+    attributes = {"ome": {"version": "0.5", "multiscales": [image], **about}} if three else old
     with new_store(path, version=3 if three else 2, attributes=attributes) as group:
         current = vol
         for k in range(levels):
-            array = create_array(group, str(k), current.data.shape, vol.dtype, _chunks_for(current.data.shape, chunks))
+            sizes = _chunks_for(current.data.shape, chunks)
+            array = create_array(group, str(k), current.data.shape, vol.dtype, sizes, nested=True, axes=vol.axes)
             _fill(array, current)
             if k + 1 < levels: current = replace(vol, data=downsample2(np.asarray(array[...]), labels))
     return path

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from medvol_nb.colours import TABLE_IDS, colour_table
 from medvol_nb.core import (ConfigError, DataError, FormatError, OnExists, check_output, read_json, to_json, write_json,
                             write_text)
 
@@ -935,7 +936,8 @@ with raises(KeyError, match="has no 'dataset_name'"): chosen({"label": values})
 # ## Putting it together: a label space from data lists
 # The command `medvol datalists labels` reads the `label_dict` of each list, extends a base, and writes the two files of
 # the reference and our own. What was there stays as it was; run it again with its own result as base when a data set is
-# added.
+# added. Beside them lie names and colours for 3D Slicer (`labels.ctbl`) and ITK-SNAP (`labels.label`), for looking at
+# volumes in global ids.
 
 # %%
 #| export
@@ -943,9 +945,15 @@ def _base(base: str | os.PathLike) -> LabelSpace:
     if base == "shipped": return LabelSpace.shipped()
     return LabelSpace() if base == "empty" else LabelSpace.load(base)
 
+def _tables(space: LabelSpace) -> dict[str, str]:
+    "Colour tables of the classes, for the programs that read such ids"
+    names, ends = {i: n for n, i in space.to_label_dict().items()}, {"slicer": "ctbl", "itksnap": "label"}
+    return {f"labels.{ends[k]}": colour_table(names, k, where=f"labels.{ends[k]}") for k, most in TABLE_IDS.items()
+            if max(names, default=0) <= most}
+
 def build_label_space(
     datalists: Sequence[str | os.PathLike], # data lists, '<name>_5_folds.json'
-    out: str | os.PathLike, # folder for label_dict.json, label_mappings.json and label_space.json
+    out: str | os.PathLike, # folder for label_dict.json, label_mappings.json, label_space.json and colour tables
     *,
     base: str | os.PathLike = "shipped", # what is extended: 'shipped', 'empty', or a label space from before
     unknown: Literal["add", "unmapped", "error"] = "add", # what becomes of names that no class has
@@ -962,7 +970,7 @@ def build_label_space(
         space = space.extended(dataset_name_of(path), labels, unknown)
     files = {"label_dict.json": to_json(space.to_label_dict(), 4) + "\n",
              "label_mappings.json": to_json(space.to_label_mappings(), None) + "\n",
-             "label_space.json": _space_text(space)}
+             "label_space.json": _space_text(space), **_tables(space)}
     known = {c.id for c in start.classes}
     report = {"out": str(out), "written": [], "classes": len(space.to_label_dict()), "datasets": len(space.mappings),
               "added": {c.name: c.id for c in space.classes if c.id not in known},

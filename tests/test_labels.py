@@ -603,7 +603,8 @@ def test_build_label_space(shipped, tmp_path):
     dry = build_label_space(lists, tmp_path/"out", dry_run=True)
     assert not (tmp_path/"out").exists() and dry["written"] == []
     report = build_label_space(lists, tmp_path/"out")
-    assert report["written"] == ["label_dict.json", "label_mappings.json", "label_space.json"]
+    assert report["written"] == ["label_dict.json", "label_mappings.json", "label_space.json", "labels.ctbl",
+                                 "labels.label"]
     assert {**report, "written": []} == dry and report["added"] == {"intestine": 136, "bones": 137}
     space = LabelSpace.load(tmp_path/"out")
     assert space.mapping("Pediatric") == {15: 9, 29: 137}

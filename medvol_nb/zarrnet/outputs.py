@@ -251,7 +251,7 @@ def create_predictions(
                 sizes = tuple(min(c, n) for c, n in zip(form.chunks, shape))
                 create_array(root, name, (*e.lead, *shape), e.dtype, (*(1 for _ in e.lead), *sizes),
                              attributes=about | {"axes": ["c"]*len(e.lead) + list("zyx")}, compressor=packing,
-                             nested=True)
+                             nested=True, axes="c"*len(e.lead) + "zyx")
                 shape = tuple(-(-n//2) for n in shape)
         progress = Path(root.store.root)/PROGRESS
         progress.mkdir()
