@@ -145,12 +145,17 @@ def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks:
         for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
             yield _unpacked(index, ok, value)
 
+def _run_there(folder: str, f: bytes, item: bytes | str, index: int) -> tuple[int, bool, Any]:
+    "Run one item on a cluster, in the caller's folder if the worker has it: relative paths mean the same as at home"
+    with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
+        return _run_packed(f, item, index, None, None)
+
 def _cluster(client: Any, f: bytes, items: Sequence) -> Iterator[tuple[int, bool, Any]]:
     "Results from the workers of a Dask client; joblib would wait for ever for a task that killed its workers"
     from distributed import as_completed
     todo, alone, running, waiting = list(range(len(items)))[::-1], [], {}, as_completed()
     def submit(i: int) -> None:
-        future = client.submit(_run_packed, f, _pack(items[i]), i, None, None, pure=False)
+        future = client.submit(_run_there, os.getcwd(), f, _pack(items[i]), i, pure=False)
         running[future] = i
         waiting.add(future)
     try:

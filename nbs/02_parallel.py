@@ -178,12 +178,17 @@ def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks:
         for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
             yield _unpacked(index, ok, value)
 
+def _run_there(folder: str, f: bytes, item: bytes | str, index: int) -> tuple[int, bool, Any]:
+    "Run one item on a cluster, in the caller's folder if the worker has it: relative paths mean the same as at home"
+    with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
+        return _run_packed(f, item, index, None, None)
+
 def _cluster(client: Any, f: bytes, items: Sequence) -> Iterator[tuple[int, bool, Any]]:
     "Results from the workers of a Dask client; joblib would wait for ever for a task that killed its workers"
     from distributed import as_completed
     todo, alone, running, waiting = list(range(len(items)))[::-1], [], {}, as_completed()
     def submit(i: int) -> None:
-        future = client.submit(_run_packed, f, _pack(items[i]), i, None, None, pure=False)
+        future = client.submit(_run_there, os.getcwd(), f, _pack(items[i]), i, pure=False)
         running[future] = i
         waiting.add(future)
     try:
@@ -489,8 +494,9 @@ assert first == ["a", "b"] and calls[:5] == list("abcde") and again == ["b"] and
 # %% [markdown]
 # ## The same job on a cluster
 # Nothing changes in the call. Inside `on_cluster` (or `joblib.parallel_config(backend="dask")` with an own client) the
-# items go to the workers of a Dask cluster. A lost worker's items are computed again by the others. This is what every
-# command's `--dask ADDRESS` does.
+# items go to the workers of a Dask cluster. A lost worker's items are computed again by the others. Relative paths are
+# those of the caller; workers need one thread each, since the current folder belongs to a whole process. This is what
+# every command's `--dask ADDRESS` does.
 
 # %%
 #| export
