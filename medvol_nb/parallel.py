@@ -392,14 +392,14 @@ def describe(
 @contextlib.contextmanager
 def on_cluster(
     dask: str | None, # address of a Dask scheduler such as 'tcp://10.0.0.1:8786'; None: stay on this machine
-) -> Iterator[None]: # the block whose `pmap` calls move
+) -> Iterator[int]: # the block whose `pmap` calls move, with the number of workers there; 0: they stay
     "Run the `pmap` calls of a block on a Dask cluster"
     if dask is None:
-        yield
+        yield 0
         return
     distributed, joblib = optional("distributed", "dask"), importlib.import_module("joblib")
     try: client = distributed.Client(dask, timeout=20)
     except (OSError, ValueError) as e:
         raise MissingFile(f"dask: no scheduler answers at {dask} ({type(e).__name__}: {e}). Start one with "
                           "`dask scheduler`, and workers with `dask worker ADDRESS`") from e
-    with client, joblib.parallel_config(backend="dask"): yield
+    with client, joblib.parallel_config(backend="dask"): yield sum(client.ncores().values())
