@@ -19,10 +19,12 @@ import contextlib
 import faulthandler
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +39,6 @@ from medvol_nb.core import (ConfigError, DataError, FormatError, Journal, Medvol
 
 # %%
 import signal
-import time
 
 from medvol_nb.core import raises, tmpdir
 
@@ -187,13 +188,16 @@ def _cluster(client: Any, f: bytes, items: Sequence) -> Iterator[tuple[int, bool
     "Results from the workers of a Dask client; joblib would wait for ever for a task that killed its workers"
     from distributed import as_completed
     todo, alone, running, waiting = list(range(len(items)))[::-1], [], {}, as_completed()
+    room, asked = 0, -math.inf # tasks in flight: two a thread. Workers come and go, but to ask for each task is slow
     def submit(i: int) -> None:
         future = client.submit(_run_there, os.getcwd(), f, _pack(items[i]), i, pure=False)
         running[future] = i
         waiting.add(future)
     try:
         while todo or alone or running:
-            while todo and len(running) < max(2, 2*sum(client.ncores().values())): submit(todo.pop())
+            if time.monotonic() - asked > 1:
+                room, asked = max(2, 2*sum(client.ncores().values())), time.monotonic()
+            while todo and len(running) < room: submit(todo.pop())
             company = bool(running)
             if not company: submit(alone.pop())
             future = next(waiting)

@@ -4,7 +4,7 @@
 # > How the time of a job falls with the number of workers, fitted from small runs, and what stops it from falling.
 #
 # Every command that goes through many items takes `--dask ADDRESS`: its [map](02_parallel.ipynb) then runs on the
-# workers of a cluster. Trainings are started with `torchrun`. [On a cluster](../howto_cluster.md) says how. This page
+# workers of a cluster. Trainings are started with `torchrun`. The manual's page *On a cluster* says how; this page
 # answers the question before that one: is it worth it? Hundred workers are never hundred times as fast, and the reasons
 # can be measured on a machine with two cores. Some part of a job is done by one process alone (Amdahl 1967). The caller
 # and the scheduler hand out tasks one by one. All workers read from the same disks. In a training all workers wait
@@ -185,7 +185,7 @@ def task_seconds(
 # ## Measured, fitted, predicted
 # Clusters of one and of two processes, and items that wait for a tenth of a second, as those do that read from a slow
 # storage: what else this machine does hardly matters then. What real commands take is in the
-# [benchmarks](../benchmarks.md).
+# benchmarks.
 
 # %%
 from distributed import LocalCluster
@@ -303,4 +303,4 @@ round(100*0.5/step_seconds(0.5, 120e6, 100, 1.25e9, 3e-5), 1)
 # * Items should take a second or more each, and be many more than workers: the last ones are waited for.
 # * Load a model in the worker, never send it with each item; let workers read from the storage, not through the caller.
 # * Past the storage's bandwidth more workers are waste. Copy to local disks, or store less: chunks, uint8, compression.
-# * [On a cluster](../howto_cluster.md) has what the commands measured, and what that predicts for hundred workers.
+# * *On a cluster* has what the commands measured, and what that predicts for hundred workers.
