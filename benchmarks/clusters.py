@@ -67,10 +67,10 @@ def bodies(folder: Path, n: int, shape: tuple[int, int, int]) -> int:
 
 def verification(full: bool = False) -> list[Row]:
     from medvol_nb.verify import verify
-    n = 64 if full else 24
+    n = 48 if full else 16
     with tempfile.TemporaryDirectory() as d:
-        stored = bodies(Path(d), n, (256, 256, 96))
-        return [row("verify", f"datalists verify --level full, {n} pairs of 256 x 256 x 96", n, 10_000, stored,
+        stored = bodies(Path(d), n, (320, 320, 160))
+        return [row("verify", f"datalists verify --level full, {n} pairs of 320 x 320 x 160", n, 10_000, stored,
                     lambda _, dask: verify([Path(d)/"list.json"], level="full", dask=dask))]
 
 
