@@ -172,7 +172,7 @@ def _cached(path: Path) -> dict[str, np.ndarray] | None:
             return {k: z[k] for k in ("values", "probs", "thumbs")}
     except Exception as e: log.warning("%s: damaged, the features are computed again (%s)", path, e)
 
-_BATCHES = 20 # that one task of a cluster has: the network travels with each
+_BATCHES = 20 # in a task of a cluster, since the network travels with each task
 
 def _on_cluster(dask: str, net: Extractor, images: LabelledImages, batch: int, workers: int, device: str) -> dict:
     "The same in pieces of whole batches, so that batches are those of one process"
