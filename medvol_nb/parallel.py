@@ -10,10 +10,12 @@ import contextlib
 import faulthandler
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,17 +147,25 @@ def _pool(f: bytes, todo: Iterator[tuple[int, bytes | str]], n_jobs: int, marks:
         for index, ok, value in run(delayed(_run_packed)(f, item, i, marks, timeout) for i, item in todo):
             yield _unpacked(index, ok, value)
 
+def _run_there(folder: str, f: bytes, item: bytes | str, index: int) -> tuple[int, bool, Any]:
+    "Run one item on a cluster, in the caller's folder if the worker has it: relative paths mean the same as at home"
+    with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
+        return _run_packed(f, item, index, None, None)
+
 def _cluster(client: Any, f: bytes, items: Sequence) -> Iterator[tuple[int, bool, Any]]:
     "Results from the workers of a Dask client; joblib would wait for ever for a task that killed its workers"
     from distributed import as_completed
     todo, alone, running, waiting = list(range(len(items)))[::-1], [], {}, as_completed()
+    room, asked = 0, -math.inf # tasks in flight: two a thread. Workers come and go, but to ask for each task is slow
     def submit(i: int) -> None:
-        future = client.submit(_run_packed, f, _pack(items[i]), i, None, None, pure=False)
+        future = client.submit(_run_there, os.getcwd(), f, _pack(items[i]), i, pure=False)
         running[future] = i
         waiting.add(future)
     try:
         while todo or alone or running:
-            while todo and len(running) < max(2, 2*sum(client.ncores().values())): submit(todo.pop())
+            if time.monotonic() - asked > 1:
+                room, asked = max(2, 2*sum(client.ncores().values())), time.monotonic()
+            while todo and len(running) < room: submit(todo.pop())
             company = bool(running)
             if not company: submit(alone.pop())
             future = next(waiting)
@@ -402,14 +412,14 @@ def digests(
 @contextlib.contextmanager
 def on_cluster(
     dask: str | None, # address of a Dask scheduler such as 'tcp://10.0.0.1:8786'; None: stay on this machine
-) -> Iterator[None]: # the block whose `pmap` calls move
+) -> Iterator[int]: # the block whose `pmap` calls move, with the number of workers there; 0: they stay
     "Run the `pmap` calls of a block on a Dask cluster"
     if dask is None:
-        yield
+        yield 0
         return
     distributed, joblib = optional("distributed", "dask"), importlib.import_module("joblib")
     try: client = distributed.Client(dask, timeout=20)
     except (OSError, ValueError) as e:
         raise MissingFile(f"dask: no scheduler answers at {dask} ({type(e).__name__}: {e}). Start one with "
                           "`dask scheduler`, and workers with `dask worker ADDRESS`") from e
-    with client, joblib.parallel_config(backend="dask"): yield
+    with client, joblib.parallel_config(backend="dask"): yield sum(client.ncores().values())

@@ -25,7 +25,7 @@ from .core import (ConfigError, DataError, FormatError, OnExists, _read_text, fi
 from .datalists import DataList, dataset_name_of, with_provenance, write_datalist
 from .pairing import (Ambiguous, Excluded, Legacy, Missing, Override, Pair, Recipe, Rule, # noqa: F401
                                ScanResult, _as_legacy, _scan, _Tree, find_cases)
-from .parallel import pmap
+from .parallel import on_cluster, pmap
 from .splits import assign, group_keys
 from .volume import read_volume, stem_of
 
@@ -279,6 +279,7 @@ def make_datalists(
     keep_unlabelled: bool = False, # add images without a label, without a fold
     legacy: bool = False, # make the reference's list: no grouping, and its class names
     workers: int = 0, # processes that read labels, for method "stratified"
+    dask: str | None = None, # address of a Dask scheduler whose workers read labels instead
     on_exists: OnExists = "error", # what to do when the list is there already
     dry_run: bool = False, # tell what would be written and what would change, write nothing
 ) -> dict: # path, counts, folds, what is missing, ambiguous or excluded, notes, diff, provenance
@@ -291,7 +292,8 @@ def make_datalists(
     if not found.pairs and not lonely: raise DataError(_nothing(found, root))
     numbers = {"method": method, "n_folds": n_folds, "test_ratio": test_ratio, "seed": seed}
     notes = _notes(used, legacy)
-    training, testing, n_groups, n = _divided(found.pairs, folder, notes, group, legacy, workers, numbers)
+    with on_cluster(dask):
+        training, testing, n_groups, n = _divided(found.pairs, folder, notes, group, legacy, workers, numbers)
     for p in lonely: (training if p.section == "training" else testing).append(p.item())
     names, original = _class_names(used, folder, found.pairs)
     if not names: notes.append("no class names are known; write them into the list's label_dict")

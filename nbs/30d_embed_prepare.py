@@ -30,7 +30,7 @@ from medvol_nb.core import (ConfigError, DataError, MissingFile, OnExists, log, 
 from medvol_nb.embed.data import (SCAN_SUFFIXES, Contrast, checked_scan, contrast_of, limits_of, list_scans, net_volume,
                                   rescale)
 from medvol_nb.geometry import Volume, resample, resample_to, same_grid
-from medvol_nb.parallel import BatchError, Failure, Ledger, on_cluster, pmap
+from medvol_nb.parallel import BatchError, Failure, Ledger, cpu_count, on_cluster, pmap
 from medvol_nb.volume import read_volume, stem_of, write_volume
 
 # %%
@@ -435,7 +435,7 @@ def prepare(
     for folder in ("images", "masks", "regions"):
         if regions or folder != "regions": (dst/folder).mkdir(parents=True, exist_ok=True)
     failures: dict[str, Failure] = {}
-    with Ledger(dst/"ledger.jsonl", job, on_exists=on_exists) as ledger, on_cluster(dask):
+    with Ledger(dst/"ledger.jsonl", job, on_exists=on_exists) as ledger, on_cluster(dask) as there:
         for folder in dst.iterdir():
             if folder.is_dir(): sweep_temporary(folder)
         if kind == "totalseg": write_json(dst/"labels.json", {str(k): n for k, n in enumerate(job["labels"], 1)})
@@ -443,7 +443,7 @@ def prepare(
             if ledger.is_done(name) and ledger.value(name)["input"] != _state(files):
                 ledger.failed(name, "its input has changed")
         keys = list(cases)
-        step = 8*max(1, workers if workers > 0 else os.cpu_count() or 1) # the lists grow with every step
+        step = 8*(there or (workers if workers > 0 else cpu_count())) # the lists grow with every step
         for at in range(0, len(keys), step):
             part = keys[at:at + step]
             tasks = [{"name": k, "files": [str(f) for f in cases[k]], "job": job, "dst": str(dst)} for k in part]

@@ -24,13 +24,14 @@ from typing import Any, Literal
 import numpy as np
 
 from medvol_nb import plot
-from medvol_nb.core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, progress, read_json,
+from medvol_nb.core import (DataError, FormatError, MissingFile, OnExists, atomic, check_output, read_json,
                             rng_for, write_csv, write_json)
 from medvol_nb.embed.data import NetGrid
 from medvol_nb.embed.match import Matcher, checked_points
 from medvol_nb.embed.points import POINT_FILES, read_points
 from medvol_nb.embed.transforms import Field, jacobian_report, read_transform
 from medvol_nb.geometry import Volume, resample_to, same_grid, to_axes
+from medvol_nb.parallel import on_cluster, pmap
 from medvol_nb.volume import read_volume, stem_of
 
 # %%
@@ -344,6 +345,7 @@ def track_lesions(
     mode: Literal["nn", "mutual", "fixed_point"] = "fixed_point", # how points are matched
     device: str = "cpu", # where to compute
     cube: int = 1, # 'fixed_point': voxels around the point on each side
+    workers: int = 0, # processes that share the pairs of scans; 0: this one
 ) -> tuple[np.ndarray, list[dict[str, Any]]]: # (n, 3) x, y, z in voxels of the list, and a row a pair: score, status
     "Find each lesion in the next scan, with embeddings"
     folder, found, rows = Path(stores), np.zeros((len(pairs), 3)), [{} for _ in pairs]
@@ -352,12 +354,16 @@ def track_lesions(
     for i, p in enumerate(pairs): groups.setdefault((p.source, p.target), []).append(i)
     lacking = sorted({n for g in groups for n in g if not (folder/f"{stem_of(n)}.zarr").is_dir()})
     if lacking: raise MissingFile(f"{folder}: {len(lacking)} scans have no embedding, first {stem_of(lacking[0])}.zarr")
-    for (a, b), own in progress(list(groups.items()), "lesions"):
-        pair = Matcher(*(folder/f"{stem_of(n)}.zarr" for n in (a, b)), device=device)
-        pts = list_to_world(pair.emb_q.native, np.array([pairs[i].source_center for i in own]))
+    def track(scans: tuple[str, str]) -> tuple[np.ndarray, list[dict]]: # all lesions of two scans
+        pair = Matcher(*(folder/f"{stem_of(n)}.zarr" for n in scans), device=device)
+        pts = list_to_world(pair.emb_q.native, np.array([pairs[i].source_center for i in groups[scans]]))
         m = pair.match(pts, mode, cube=cube)
-        found[own] = world_to_list(pair.emb_k.native, m.matched)
-        for j, i in enumerate(own): rows[i] = {"score": float(m.score[j]), "status": str(m.status[j])}
+        at = world_to_list(pair.emb_k.native, m.matched)
+        return at, [{"score": float(s), "status": str(t)} for s, t in zip(m.score, m.status)]
+    names = [" -> ".join(g) for g in groups]
+    for own, (at, about) in zip(groups.values(), pmap(track, list(groups), workers, keys=names, desc="lesions")):
+        found[own] = at
+        for i, row in zip(own, about): rows[i] = row
     return found, rows
 
 # %%
@@ -410,13 +416,15 @@ def read_predictions(
     return np.array([_numbers(r if isinstance(r, dict) else {}, "predict target center", 3, f"{path}, /{p.key}")
                      for p, r in zip(pairs, rows)])
 
-def _lesions(reference: Any, found: Any, mode: str, device: str, resamples: int, seed: int) -> tuple[dict, list, dict]:
+def _lesions(reference: Any, found: Any, resamples: int, seed: int, dask: str | None, **how: Any
+             ) -> tuple[dict, list, dict]:
     pairs, about = read_lesion_pairs(reference), []
     if found is None:
         if lacking := [p.key for p in pairs if p.guess is None]:
             raise DataError(f"{reference}: pair {lacking[0]!r} holds no 'predict target center'; name the predictions")
         at = np.array([p.guess for p in pairs])
-    elif Path(found).is_dir(): at, about = track_lesions(pairs, found, mode=mode, device=device)
+    elif Path(found).is_dir():
+        with on_cluster(dask): at, about = track_lesions(pairs, found, **how)
     else: at = read_predictions(found, pairs)
     rows = score_lesions(pairs, at)
     metrics = lesion_metrics(rows, resamples=resamples, seed=seed)
@@ -464,6 +472,8 @@ def evaluate(
     device: str = "cpu", # where to compute
     resamples: int = 2000, # for confidence intervals
     seed: int = 0, # of their draws
+    workers: int = 0, # lesions: processes that share the pairs of scans; 0: this one
+    dask: str | None = None, # lesions: address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "error", # what to do when `out` is there already
 ) -> dict: # the metrics and the folder
     "Judge lesion tracking, landmarks, label maps or a field"
@@ -471,7 +481,8 @@ def evaluate(
     given = [p for p in (reference, predicted, transform, mask) if p is not None]
     if not check_output(out, on_exists, inputs=given): return {"out": Path(out), "skipped": True}
     if what in ("landmarks", "labels") and predicted is None: raise DataError(f"{what}: name what is to be judged, too")
-    if what == "lesions": found = _lesions(reference, predicted, mode, device, resamples, seed)
+    if what == "lesions":
+        found = _lesions(reference, predicted, resamples, seed, dask, mode=mode, device=device, workers=workers)
     elif what == "landmarks": found = _landmarks(reference, predicted, transform, resamples, seed)
     elif what == "labels": found = _labels(reference, predicted)
     elif what == "field": found = _field(reference, mask)

@@ -16,6 +16,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from medvol_nb.core import ConfigError, DataError, OnExists, check_output, finge
 from medvol_nb.geometry import Volume, to_axes
 from medvol_nb.grid import Grid, sweep
 from medvol_nb.intensity import Normalizer
-from medvol_nb.parallel import pmap
+from medvol_nb.parallel import on_cluster, pmap
 from medvol_nb.synth.contrast import (Contrast, ContrastConfig, FeatureNetwork, FlatUNet, NetworkConfig, build_network,
                                       load_network, plateau)
 from medvol_nb.synth.labels import EnsembleConfig, draw_plan, render_labels
@@ -121,11 +122,18 @@ with raises(DataError, match="a volume"): extract_features(fresh, small[None])
 
 # %% [markdown]
 # ## The command
-# `medvol synth features` does this for files, one after the other; the affine stays. One bad file does not stop the
-# others: they are listed at the end.
+# `medvol synth features` does this for files; the affine stays. One bad file does not stop the others: they are listed
+# at the end. Workers load the network themselves, once, and make sure that it is the one that the command began with.
 
 # %%
 #| export
+@lru_cache(maxsize=1)
+def _network(checkpoint: str, device: str, digest: str) -> FeatureNetwork:
+    "One network a process"
+    found = load_network(checkpoint, device)
+    if found.digest != digest: raise DataError(f"{checkpoint}: these are not the weights that this run began with")
+    return found
+
 def features(
     image_file: Sequence[str | os.PathLike], # volumes: NIfTI, zarr, ...
     *,
@@ -139,6 +147,8 @@ def features(
     device: str = "auto", # where the network runs
     suffix: Literal[".nii.gz", ".zarr", ".npz"] = ".nii.gz", # format of the results
     dtype: Literal["float32", "float16"] = "float32", # of the results; NIfTI holds float32 only
+    workers: int = 0, # processes; 0: this one
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "error", # what to do with results that are there
 ) -> dict: # weights' digest, one row a volume
     "Features of some volumes"
@@ -147,20 +157,21 @@ def features(
     outs = {Path(f): Path(output_dir)/f"{stem_of(f)}{suffix}" for f in image_file}
     if len(set(outs.values())) < len(image_file):
         raise DataError("features: two volumes have the same name, their results would overwrite each other")
-    network = load_network(checkpoint, device)
+    weights = load_network(checkpoint, device).digest
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     def one(path: Path) -> dict[str, Any]:
         row = {"image": str(path), "features": str(outs[path])}
         if not check_output(outs[path], on_exists, inputs=[path]): return {**row, "status": "skipped"}
         vol = to_axes(read_volume(path), "xyz")
         if vol.channels is not None: raise DataError(f"{path}: has {vol.channels} channels, one is needed")
+        network = _network(os.fspath(checkpoint), device, weights)
         made = extract_features(network, np.asarray(vol.data), normalizer=normalizer, overlap=overlap,
                                 patch_size=(patch_size,)*3 if patch_size else None, batch_size=batch_size,
                                 precision=precision_for(precision, device_for(device)))
         write_volume(Volume(made.astype(dtype), vol.affine, "cxyz"), outs[path], on_exists)
         return {**row, "status": "done", "shape": list(made.shape)}
-    rows = pmap(one, list(outs), keys=[str(p) for p in outs], desc="features")
-    return {"weights": network.digest, "volumes": rows}
+    with on_cluster(dask): rows = pmap(one, list(outs), workers, keys=[str(p) for p in outs], desc="features")
+    return {"weights": weights, "volumes": rows}
 
 # %% [markdown]
 # ## How much anatomy is in there: the linear probe

@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from medvol_nb.embryo.finetune import MODEL_LICENCE, versions
 from medvol_nb.embryo.finetuned import FineTuned, latest_run, load_finetuned
 from medvol_nb.embryo.phases import DATA_LICENCE, PHASES, FocalPlane, Phase
 from medvol_nb.embryo.tiny import SOLVERS, is_blank, sample, to_grey
+from medvol_nb.parallel import on_cluster, pmap
 
 # %%
 import tempfile
@@ -499,7 +501,8 @@ with raises(ConfigError, match="one of them"): mix(real, extra)
 
 # %% [markdown]
 # ## The command
-# `medvol embryo generate`. One run folder for each phase.
+# `medvol embryo generate`. One run folder for each phase. On a cluster (`--dask`) each phase is drawn by one worker,
+# which loads the model itself: nothing large travels.
 
 # %%
 #| export
@@ -521,6 +524,17 @@ def _wanted(phase: Sequence[str], model: FineTuned) -> Iterator[Phase]:
     if len(phase) > 1: raise ConfigError(f"phase: 'all' stands alone, got {list(phase)}")
     known = {r[0] for r in model.rows} or set(model.about.get("pictures", {}).get("phases", ())) or set(PHASES)
     yield from (p for p in Phase if p.value in known)
+
+@lru_cache(maxsize=1)
+def _drawer(source: str, device: str, base: str | None, digest: str) -> FineTuned:
+    "One model a worker"
+    found = load_finetuned(source, device=device, base=base)
+    if found.digest != digest: raise DataError(f"{source}: is not the model that this run began with")
+    return found
+
+def _draw_there(phase: Phase, folders: Mapping[Phase, Path], model: tuple, how: Mapping[str, Any]) -> None:
+    "The run of one phase, on a worker of a cluster"
+    make_run(_drawer(*model), folders[phase], phase, **how)
 
 def generate(
     *,
@@ -544,6 +558,7 @@ def generate(
     resume: bool = False, # go on with a run that is there
     max_rejects: int | None = None, # constant images that are put up with; default: a fifth of the images
     device: str = "auto", # where to compute
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same folders; one phase a worker
     on_exists: OnExists = "error", # what to do with a run that is there; 'skip' goes on with it
     dry_run: bool = False, # load the model and check, draw nothing
 ) -> dict: # folders, number of images, prompts
@@ -567,9 +582,13 @@ def generate(
         told.append({"folder": str(folders[p]), "phase": p.value, "images": num_images, "prompt": spec.prompt})
     if dry_run: return {"runs": told, "model": source}
     log.info("%s", DATA_LICENCE)
-    for p in phases:
-        make_run(loaded, folders[p], p, plane=plane, prompt=prompt, max_rejects=max_rejects, resume=resume,
-                 on_exists=on_exists, source=source, **settings)
+    how = {"plane": plane, "prompt": prompt, "max_rejects": max_rejects, "resume": resume, "on_exists": on_exists,
+           "source": source, **settings}
+    if dask is None:
+        for p in phases: make_run(loaded, folders[p], p, **how)
+    else:
+        there = partial(_draw_there, folders=folders, model=(source, device, model, loaded.digest), how=how)
+        with on_cluster(dask): pmap(there, phases, keys=[p.value for p in phases], desc="phases")
     return {"runs": told, "model": source, "licences": loaded.about.get("licences") or [DATA_LICENCE, MODEL_LICENCE]}
 
 # %%

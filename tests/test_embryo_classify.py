@@ -1,4 +1,9 @@
 """Networks, losses, training, weights; embryo.classify."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,7 @@ from torch import nn
 
 from medvol_nb import phantoms
 from medvol_nb.checkpoints import load_checkpoint
-from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, rng_for
+from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, read_csv, rng_for
 from medvol_nb.embryo.classify import (
     ClassifierConfig,
     OrdinalHead,
@@ -241,3 +246,30 @@ def test_A15_small_network_recognises_phantoms_it_has_not_seen(tmp_path):
     probs = predict_phases(load_classifier(tmp_path / "r"), test, device="cpu").probs
     assert len(train) == 640 and len(test) == 320 and probs.shape[1] == len(PHASES)
     assert balanced_accuracy(test.phases, probs.argmax(1)) >= 0.9
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+SCRIPT = """
+import sys
+from tests.test_embryo_classify import SMALL, pictures, train_classifier
+sets = [pictures((0, 5, 13), range(a, b)) for a, b in ((0, 8), (100, 102))]
+cfg = SMALL.model_copy(update={"freeze": True, "balance": "none", "steps": 6, "batch_size": int(sys.argv[2])})
+train_classifier(*sets, cfg, out_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    "Of the head alone: batch normalisation and class weights are those of each process"
+    (tmp_path / "run.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29587"]
+    for name, batch, more in (("one", "12", []), ("two", "6", torchrun)):
+        command = [sys.executable, *more, str(tmp_path / "run.py"), str(tmp_path / name), batch]
+        end = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert end.returncode == 0, end.stderr[-3000:]
+    logs = [read_csv(tmp_path / n / "log.csv") for n in ("one", "two")]
+    assert len(logs[0]) >= 6 and np.allclose(*([float(r["loss"]) for r in rows] for rows in logs), rtol=1e-4)
+    a, b = (load_checkpoint(tmp_path / n / "model.safetensors")["model"] for n in ("one", "two"))
+    assert all(torch.allclose(v.float(), b[k].float(), atol=1e-5) for k, v in a.items())

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +51,26 @@ def results(folder):
     times = ("started", "finished", "seconds")
     kept = {k: v for k, v in out.items() if k not in ("run.json", *old)}
     return kept, {k: v for k, v in about.items() if k not in times}
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_doubled_batch(tiny, few, tmp_path):
+    for name, batch in (("one", 2), ("two", 1)):
+        options = ["--run-name", name, "--batch-size", batch, "--max-train-steps", 4, "--num-validation-images", 0]
+        options += ["--model", tiny, "--image-folder", few, "--output-dir", tmp_path, "--lr", 1e-3, "--device", "cpu"]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29583"]
+        command = [sys.executable, *(torchrun if name == "two" else []), "-m", "medvol_nb.cli", "embryo", "finetune"]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+        end = subprocess.run([str(w) for w in [*command, *options]], env=env, capture_output=True, text=True,
+                             timeout=400)  # fmt: skip
+        assert end.returncode == 0, end.stderr[-3000:]
+    losses = [[float(r["loss"]) for r in read_csv(tmp_path / n / "log.csv")] for n in ("one", "two")]
+    assert len(losses[0]) == 4 and np.allclose(*losses, rtol=1e-4)
+    a, b = (load_checkpoint(tmp_path / n / "model.safetensors")["model"] for n in ("one", "two"))
+    assert a.keys() == b.keys() and all(torch.allclose(v, b[k], atol=2e-4) for k, v in a.items())
 
 
 # ---------------------------------------------------------------- refused

@@ -243,19 +243,21 @@ if __name__ == "__main__":
     cluster = LocalCluster(processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None)
     with cluster:
         with on_cluster(cluster.scheduler_address): first = pmap(work, range(6))
+        os.chdir(sys.argv[1])
+        with on_cluster(cluster.scheduler_address): here = pmap(os.path.exists, ["job.py"])
         with Client(cluster), joblib.parallel_config(backend="dask"):
             values, failures = pmap(work, ["a", "die", "b", "raise", "c"], workers=2, retries=0, errors="collect")
-    print(json.dumps([first, values, [(f.index, f.kind) for f in failures]]))
+    print(json.dumps([first, here, values, [(f.index, f.kind) for f in failures]]))
 """
 
 
 @pytest.mark.slow
 def test_on_a_dask_cluster(tmp_path):
     pytest.importorskip("distributed")
-    told = script(tmp_path/"job.py", DASK, timeout=180)
+    told = script(tmp_path/"job.py", DASK, str(tmp_path), timeout=180)
     assert told.returncode == 0, told.stderr
-    first, values, failures = json.loads(told.stdout.strip().splitlines()[-1])
-    assert first == [0, 2, 4, 6, 8, 10] and values == ["aa", None, "bb", None, "cc"]
+    first, here, values, failures = json.loads(told.stdout.strip().splitlines()[-1])
+    assert first == [0, 2, 4, 6, 8, 10] and here == [True] and values == ["aa", None, "bb", None, "cc"]
     assert failures == [[1, "killed"], [3, "error"]]
 
 

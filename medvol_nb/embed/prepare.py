@@ -22,7 +22,7 @@ from ..core import (ConfigError, DataError, MissingFile, OnExists, log, read_jso
 from .data import (SCAN_SUFFIXES, Contrast, checked_scan, contrast_of, limits_of, list_scans, net_volume,
                                   rescale)
 from ..geometry import Volume, resample, resample_to, same_grid
-from ..parallel import BatchError, Failure, Ledger, on_cluster, pmap
+from ..parallel import BatchError, Failure, Ledger, cpu_count, on_cluster, pmap
 from ..volume import read_volume, stem_of, write_volume
 
 # %% ../../nbs/30d_embed_prepare.ipynb #SliceRule
@@ -319,7 +319,7 @@ def prepare(
     for folder in ("images", "masks", "regions"):
         if regions or folder != "regions": (dst/folder).mkdir(parents=True, exist_ok=True)
     failures: dict[str, Failure] = {}
-    with Ledger(dst/"ledger.jsonl", job, on_exists=on_exists) as ledger, on_cluster(dask):
+    with Ledger(dst/"ledger.jsonl", job, on_exists=on_exists) as ledger, on_cluster(dask) as there:
         for folder in dst.iterdir():
             if folder.is_dir(): sweep_temporary(folder)
         if kind == "totalseg": write_json(dst/"labels.json", {str(k): n for k, n in enumerate(job["labels"], 1)})
@@ -327,7 +327,7 @@ def prepare(
             if ledger.is_done(name) and ledger.value(name)["input"] != _state(files):
                 ledger.failed(name, "its input has changed")
         keys = list(cases)
-        step = 8*max(1, workers if workers > 0 else os.cpu_count() or 1) # the lists grow with every step
+        step = 8*(there or (workers if workers > 0 else cpu_count())) # the lists grow with every step
         for at in range(0, len(keys), step):
             part = keys[at:at + step]
             tasks = [{"name": k, "files": [str(f) for f in cases[k]], "job": job, "dst": str(dst)} for k in part]

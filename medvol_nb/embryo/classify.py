@@ -356,7 +356,7 @@ def load_classifier(
 def predict_phases(
     classifier: Classifier, # trained
     images: LabelledImages, # pictures
-    **options: Any, # of `extract_features`: batch_size, workers, device, cache
+    **options: Any, # of `extract_features`: batch_size, workers, device, dask, cache
 ) -> Features: # with `probs` (n, 16)
     "Probabilities of phases, and the features they come from"
     return extract_features(classifier.extractor, images, **options)

@@ -96,6 +96,7 @@ def metrics(
     debug: bool = False, # at most 50 pictures of each kind, for a quick look
     seed: int = 0, # names the choice of pictures
     device: str = "auto", # where the network runs
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that keeps features; default: 'features' beside the results
     export: str | os.PathLike | None = None, # existing folder into which runs without near-copies are copied
     max_copy_share: float = 0.05, # share of near-copies from which on nothing is exported
@@ -116,7 +117,8 @@ def metrics(
     split = load_split(split_file_path, index)
     if lack := [s for s in ("train", "test") if not split.get(s)]:
         raise DataError(f"{split_file_path}: needs videos for {' and '.join(lack)}")
-    options = {"batch_size": batch_size, "workers": num_workers, "device": device, "cache": cache or out/"features"}
+    options = {"batch_size": batch_size, "workers": num_workers, "device": device, "dask": dask,
+               "cache": cache or out/"features"}
     asked, real = sorted({int(s.phases[0]) for s in runs.values()}), {}
     for name in ("train", "test"):
         images = real_images(index, split[name], planes, annotations=orig_data_annot_folder)
@@ -187,6 +189,7 @@ def classify(
     seed: int = 0, # names every random stream
     workers: int = 0, # loading processes or threads
     device: str = "auto", # where the network runs
+    dask: str | None = None, # for `predict`: address of a Dask scheduler whose workers see the same files
     on_exists: OnExists = "skip", # 'skip': go on, leave equal results, 'overwrite': start anew, 'error': refuse
 ) -> dict[str, Any]: # what was made, and the main figures
     "Train a phase classifier, predict with it, measure it, draw it, or find out whether synthetic pictures help it"
@@ -220,12 +223,12 @@ def classify(
                 "arms": [{k: r[k] for k in ("arm", "mean", "difference", "low", "high", "verdict")} for r in rows]}
     chosen = merge_phases(images(set_name(set)), cfg.merge)
     if action == "predict": return _predict(chosen, index, split, _need(tuple(model), "model", action), out, on_exists,
-                                            cfg)
+                                            cfg, dask)
     return _measure(chosen, _need(tuple(model), "model", action), out, on_exists)
 
 # %% ../../nbs/63e_embryo_commands.ipynb #_predict
 def _predict(chosen: LabelledImages, index: EmbryoIndex, split: dict, models: Sequence[str], out: Path,
-             on_exists: OnExists, cfg: ClassifierConfig) -> dict[str, Any]:
+             on_exists: OnExists, cfg: ClassifierConfig, dask: str | None) -> dict[str, Any]:
     transitions = None
     if split.get("train"):
         transitions = fit_transitions([merged_phases(cfg.merge)[index.phase[index.rows(v)]] for v in split["train"]])
@@ -234,7 +237,8 @@ def _predict(chosen: LabelledImages, index: EmbryoIndex, split: dict, models: Se
         foreign = Path(path).suffix not in ("", ".safetensors")
         judge = load_classifier(path, cfg.architecture if foreign else None, cfg.size if foreign else None)
         if judge.name in report: raise ConfigError(f"classify predict: two models are called {judge.name}, rename one")
-        probs = predict_phases(judge, chosen, batch_size=cfg.batch_size, workers=cfg.workers, device=cfg.device).probs
+        probs = predict_phases(judge, chosen, batch_size=cfg.batch_size, workers=cfg.workers, device=cfg.device,
+                               dask=dask).probs
         files = list(write_predictions(judge.name, chosen.ids, probs, out, on_exists))
         figures = {"frame by frame": phase_metrics(chosen.phases, probs).overall}
         if transitions is not None:

@@ -23,6 +23,7 @@ from ..checkpoints import device_for
 from ..core import DataError, FormatError, MissingFile, atomic, fingerprint, log, progress, rng_for
 from .dataset import read_frame
 from .phases import PHASES
+from ..parallel import on_cluster, pmap
 from ..phantoms import embryo_frame
 
 # %% ../../nbs/60f_embryo_features.ipynb #LabelledImages
@@ -156,6 +157,7 @@ def extract_features(
     batch_size: int = 50, # pictures at a time
     workers: int = 0, # threads that decode
     device: str = "auto", # where the network runs
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that keeps features; None: nothing is kept
 ) -> Features: # in the order of the pictures
     "Features, class probabilities and thumbnails of pictures"
@@ -163,7 +165,8 @@ def extract_features(
     path = None if cache is None else Path(cache)/f"{fingerprint([net.digest, images.identity, 'features 1'])}.npz"
     found = None if path is None else _cached(path)
     if found is None:
-        found = _compute(net, images, batch_size, workers, device_for(device))
+        if dask is None: found = _compute(net, images, batch_size, workers, device)
+        else: found = _on_cluster(dask, net, images, batch_size, workers, device)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as t, open(t, "wb") as f: np.savez(f, **found)
@@ -178,8 +181,20 @@ def _cached(path: Path) -> dict[str, np.ndarray] | None:
             return {k: z[k] for k in ("values", "probs", "thumbs")}
     except Exception as e: log.warning("%s: damaged, the features are computed again (%s)", path, e)
 
-def _compute(net: Extractor, images: LabelledImages, batch: int, workers: int, device: torch.device) -> dict:
+_BATCHES = 20 # in a task of a cluster, since the network travels with each task
+
+def _on_cluster(dask: str, net: Extractor, images: LabelledImages, batch: int, workers: int, device: str) -> dict:
+    "The same in pieces of whole batches, so that batches are those of one process"
+    pieces = [images.at(np.arange(k, min(k + _BATCHES*batch, len(images))))
+              for k in range(0, len(images), _BATCHES*batch)]
+    keys = [f"pictures from {p.ids[0]}" for p in pieces]
+    with on_cluster(dask):
+        found = pmap(lambda p: _compute(net, p, batch, workers, device), pieces, keys=keys, desc="features")
+    return {k: np.concatenate([f[k] for f in found]) for k in found[0]}
+
+def _compute(net: Extractor, images: LabelledImages, batch: int, workers: int, device: str) -> dict:
     from PIL import Image
+    device = device_for(device)
     parts: dict[str, list] = {"values": [], "probs": [], "thumbs": []}
     was = [(m, m.training) for m in (net.body, net.head) if m is not None]
     for m, _ in was: m.to(device).eval()

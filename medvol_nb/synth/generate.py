@@ -394,12 +394,14 @@ def pack(
     compression: Compression = "none", # of HDF5 chunks
     pairs: str | os.PathLike | None = None, # instead of pictures: a store whose parts become one file
     workers: int = 0, # processes, for Zarr
+    dask: str | None = None, # address of a Dask scheduler, for Zarr
     on_exists: OnExists = "skip", # 'skip': go on where an earlier run stopped
     preview: str | os.PathLike | None = None, # PNG with the first samples
     dry_run: bool = False, # tell how many and how large, write nothing
 ) -> dict[str, Any]: # samples for training and validation, how many were written now
     "Step 3: pictures and labels of each sample, matched by name, into one store"
     out = Path(out_dir)
+    if dask is not None and store != "zarr": raise ConfigError("dask: an HDF5 file has one writer. Use --store zarr")
     if pairs is not None: names, load, grid, dtype, origin = _stored(pairs, out)
     else: names, load, grid, dtype, origin = _listed(view1_dir, view2_dir, seg_dir)
     n = len(names)
@@ -411,7 +413,8 @@ def pack(
         if pairs is not None: raise ConfigError("pairs: become HDF5 files; a Zarr store is one already")
         _start(out, on_exists, None)
         prepare_store(out, "zarr", n, grid, dtype, val_count=val_count, params=params, about=_about())
-        told = fill(out, range(math.ceil(n/SHARD)), {"what": "files", "files": origin}, workers=workers)
+        told = fill(out, range(math.ceil(n/SHARD)), {"what": "files", "files": origin}, workers=workers,
+                    dask=dask)
         finish_store(out)
         written = told["done"]
     else: written = _pack_hdf5(out, names, load, grid, dtype, val_count, compression, params, print_every, on_exists)

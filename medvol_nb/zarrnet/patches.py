@@ -23,6 +23,7 @@ import numpy as np
 
 from ..core import (ConfigError, DataError, FormatError, MedvolError, check_output, fingerprint, log,
                             parse_json, plain, rng_for, to_json, write_text)
+from ..parallel import on_cluster
 from .config import VolumeEntry, ZarrConfig
 from .finder import PatchTable, find_patches
 from .io import ChunkedVolume, open_volume
@@ -378,6 +379,7 @@ def find_patches_command(
     *,
     overrides: Sequence[str] = (), # settings to change, 'tr_params.batch_size=2'
     workers: int = 0, # processes; 0: in this process
+    dask: str | None = None, # address of a Dask scheduler whose workers see the same stores
     dry_run: bool = False, # open and check the volumes, search and write nothing
 ) -> dict: # numbers of patches by volume, split and files
     "Find the patches of a training, and divide them into training and validation"
@@ -388,7 +390,7 @@ def find_patches_command(
         stored = {e.name: v[e.ref_label].stored_chunks() for e, v in zip(cfg.volumes, volumes)}
         return {"volumes": {n: {"stored_chunks": None if s is None else len(s)} for n, s in stored.items()},
                 "cache": None if path is None else str(path)}
-    patches = patch_list(cfg, workers=workers, volumes=volumes)
+    with on_cluster(dask): patches = patch_list(cfg, workers=workers, volumes=volumes)
     split = split_patches(patches, cfg)
     each = np.bincount(patches.volume_idx, minlength=len(patches.names)).tolist()
     out = {"patches": len(patches), "volumes": dict(zip(patches.names, each)),
