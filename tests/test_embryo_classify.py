@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medvol_nb.embryo.features import LabelledImages, phantom_images
 from torch import nn
 
 from medvol_nb import phantoms
@@ -27,6 +26,7 @@ from medvol_nb.embryo.classify import (
     train_classifier,
     turned,
 )
+from medvol_nb.embryo.features import LabelledImages, phantom_images
 from medvol_nb.embryo.phases import PHASES
 
 torch.set_num_threads(1)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medvol_nb.embryo.finetuned import latest_run, load_finetuned
 from PIL import Image
 
 from medvol_nb.checkpoints import load_checkpoint
 from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, OutputExists, read_csv, read_json, rng_for
 from medvol_nb.embryo.diffusion import learned_table
 from medvol_nb.embryo.finetune import finetune, read_run
+from medvol_nb.embryo.finetuned import latest_run, load_finetuned
 from medvol_nb.embryo.phases import BASE_PROMPT, FocalPlane, Phase, PromptTemplate
 from medvol_nb.embryo.plan import class_pictures
 from medvol_nb.embryo.tiny import load_sd, make_tiny_sd, sample, weights_digest

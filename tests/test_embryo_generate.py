@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from medvol_nb.embryo.finetuned import load_finetuned
 from PIL import Image
 
 from medvol_nb import phantoms
@@ -22,6 +21,7 @@ from medvol_nb.core import (
     rng_for,
 )
 from medvol_nb.embryo.finetune import finetune
+from medvol_nb.embryo.finetuned import load_finetuned
 from medvol_nb.embryo.generate import (
     Mixed,
     RunSpec,

@@ -6,12 +6,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from medvol_nb.embryo.features import Extractor, LabelledImages, balanced, extract_features, phantom_images
 from PIL import Image
 from torch import nn
 
 from medvol_nb import phantoms
 from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, read_csv, rng_for
+from medvol_nb.embryo.features import Extractor, LabelledImages, balanced, extract_features, phantom_images
 from medvol_nb.embryo.phantom import jpeg_bytes
 from medvol_nb.embryo.quality import (
     add_quality,

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medvol_nb.embryo.features import extract_features
 
 from medvol_nb.core import write_json
 from medvol_nb.embryo.classify import ClassifierConfig, load_classifier, train_classifier
 from medvol_nb.embryo.commands import real_images
 from medvol_nb.embryo.dataset import read_frame
 from medvol_nb.embryo.diffusion import read_pictures
+from medvol_nb.embryo.features import extract_features
 from medvol_nb.embryo.finetune import finetune
 from medvol_nb.embryo.folders import make_image_folder
 from medvol_nb.embryo.generate import generate

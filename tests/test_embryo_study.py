@@ -4,13 +4,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from medvol_nb.embryo.features import LabelledImages, phantom_images
 
 from medvol_nb import phantoms
 from medvol_nb.core import ConfigError, DataError, FormatError, read_csv, rng_for, write_json
 from medvol_nb.embryo import study
 from medvol_nb.embryo.classify import ClassifierConfig
 from medvol_nb.embryo.dataset import EmbryoFrames
+from medvol_nb.embryo.features import LabelledImages, phantom_images
 from medvol_nb.embryo.index import build_index
 from medvol_nb.embryo.phantom import jpeg_bytes, make_phantom_dataset
 from medvol_nb.embryo.study import (
