@@ -153,8 +153,8 @@ assert (len(train), len(held_out)) == (24, 6) and held_out.verify()["ok"]
 
 # %%
 small = ["crop_size=24", "val_pairs=2", "network.width=8", "network.levels=2", "contrast.points=128",
-         "contrast.projector_width=64", "augment.p_flip=1", "fit.steps=90", "fit.lr=5e-3", "fit.schedule=constant", "fit.validate_every=90",
-         "fit.tensorboard=false"]
+         "contrast.projector_width=64", "augment.p_flip=1", "fit.steps=90", "fit.lr=5e-3", "fit.schedule=constant",
+         "fit.validate_every=90", "fit.tensorboard=false"]
 done = pretrain(root/"h5", out=root/"pretrained", overrides=small, device="cpu")
 trained = load_network(root/"pretrained", "cpu")
 {k: done[k] for k in ("steps", "finished")}, count_parameters(trained.net)
