@@ -77,8 +77,8 @@ sorted(p.relative_to(root).as_posix() for p in (root/"prepared").glob("*/p0*")),
 # of 6 mm.
 #
 # ```bash
-# medvol embedding train prepared --out run --tiny --steps 90 --overrides spacing=6 views.patch=[16,32,32] \
-#     views.degrees=5 fit.lr=4e-3
+# medvol embedding train --scans prepared --out run --tiny --steps 90 \
+#     --overrides spacing=6 views.patch=[16,32,32] views.degrees=5 fit.lr=4e-3
 # ```
 
 # %%
@@ -212,11 +212,11 @@ names
 # medvol embedding prepare lymph_nodes prepared --workers -1
 # medvol embedding prepare Totalsegmentator_dataset organs --kind totalseg --workers -1
 # medvol embedding prepare ct_mr pairs --kind pairs --workers -1
-# torchrun --standalone --nproc-per-node 4 -m medvol_nb.cli embedding train prepared --out sam --preset sam_NIHLN
-# medvol embedding train prepared --organs organs --out sampp --preset samv2_NIHLN --start-from sam --device cuda
-# medvol embedding train pairs --out intra --preset ct_mri_intra --start-from sampp --device cuda
-# medvol embedding register ct_mr registered --embedder intra --device cuda
+# torchrun --standalone --nproc-per-node 4 -m medvol_nb.cli embedding train --scans prepared --out sam
+# medvol embedding train --scans prepared --organs organs --out sampp --preset samv2_NIHLN --start-from sam
+# medvol embedding train --scans pairs --out intra --preset ct_mri_intra --start-from sampp
+# medvol embedding register ct_mr registered --embedder intra
 # medvol embedding prepare registered ready --kind pairs
-# medvol embedding train --pairs ready --out inter --preset ct_mri_inter --start-from intra --device cuda
-# medvol embedding embed scans stores inter --device cuda
+# medvol embedding train --pairs ready --out inter --preset ct_mri_inter --start-from intra
+# medvol embedding embed scans stores inter
 # ```

@@ -105,7 +105,8 @@ dealt["counts"], pd.DataFrame(dealt["videos"]).T.head(4)
 # %%
 CHOSEN = ["t2", "tM", "tEB"]
 make_image_folder(dataset=root/"data", split_file=root/"split.json", set="train", phases=CHOSEN,
-                  image_folder_parent=root, image_folder_name="frames", strategy="balanced", per_phase=16, on_shortage="drop")
+                  image_folder_parent=root, image_folder_name="frames", strategy="balanced", per_phase=16,
+                  on_shortage="drop")
 items = read_image_folder(root/"frames")
 frames = [read_frame(i.path, 32) for i in items]
 by_phase = {p: [f for f, i in zip(frames, items) if i.phase is Phase.parse(p)] for p in CHOSEN}
@@ -202,7 +203,7 @@ place.cleanup()
 # ## What was different in the original
 # | original | here |
 # |---|---|
-# | `extract_dataset`: a damaged archive is unpacked without a word; leaves half of a tree behind | checked; all or nothing |
+# | `extract_dataset` unpacks a damaged archive without a word, or leaves half a tree | checked; all or nothing |
 # | the first frame of every phase but the first is lost, phases of one frame vanish | intervals are inclusive |
 # | the split tears couples apart: 45 of 141 test videos have siblings in training | couples stay together |
 # | `make_image_folder.py --set eval` fails on the shipped split | `eval` and `val` are one word |
@@ -219,8 +220,9 @@ place.cleanup()
 # ## On your data, on a GPU
 # The data set is on Zenodo (10.5281/zenodo.6390798, CC BY-NC-SA 4.0): 704 videos, seven planes, 2.4 million frames. A
 # base is a folder of diffusers or a checkpoint of Stable Diffusion 1.x or 2.x. Full fine-tuning needs 14 GB for the
-# weights and the optimiser's state alone; LoRA, the default, fits below 24 GB. Published: resolution 512, batches of
-# one, rate 7e-6, 550 steps for each picture, 50 frames a run. Steps on a GPU have not been timed here.
+# weights and the optimiser's state alone; LoRA, the default, is for GPUs with less than 24 GB. Published: resolution
+# 512, batches of one, rate 7e-6, 550 steps for each picture, 50 frames a run. Steps on a GPU have not been timed
+# here.
 #
 # ```bash
 # medvol embryo extract archives data --report extraction.json
