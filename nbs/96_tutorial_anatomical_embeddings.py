@@ -77,22 +77,21 @@ sorted(p.relative_to(root).as_posix() for p in (root/"prepared").glob("*/p0*")),
 # of 6 mm.
 #
 # ```bash
-# medvol embedding train --scans prepared --out run --tiny --steps 90 \
-#     --overrides spacing=6 views.patch=[16,32,32] views.degrees=5 fit.lr=4e-3
+# medvol embedding train --scans prepared --out run --tiny --steps 70 \
+#     --overrides spacing=6 views.patch=[16,32,32] views.degrees=5 fit.lr=5e-3
 # ```
 
 # %%
-changes = ["spacing=6", "views.patch=[16,32,32]", "views.degrees=5", "views.rule=sample", "fit.lr=4e-3",
+changes = ["spacing=6", "views.patch=[16,32,32]", "views.degrees=5", "views.rule=sample", "fit.lr=5e-3",
            "fit.validate_every=1000", "fit.tensorboard=false"]
-train([root/"prepared"], out=root/"run", tiny=True, steps=90, device="cpu", overrides=changes)
+train([root/"prepared"], out=root/"run", tiny=True, steps=70, device="cpu", overrides=changes)
 rows = [{k: float(r[k]) for k in ("fine", "coarse")} for r in read_csv(root/"run"/"log.csv")]
 smooth = {k: np.convolve([r[k] for r in rows], np.ones(10)/10, "valid") for k in ("fine", "coarse")}
-plot.curves({k: (np.arange(9, 90), v) for k, v in smooth.items()}, xlabel="step", ylabel="loss, mean of 10",
+plot.curves({k: (np.arange(9, 70), v) for k, v in smooth.items()}, xlabel="step", ylabel="loss, mean of 10",
             height=2.2)
 
 # %%
-first, last = (smooth["fine"][k] + smooth["coarse"][k] for k in (0, -1))
-assert last < 0.9*first
+assert smooth["fine"][-1] < 0.85*smooth["fine"][0]
 
 # %% [markdown]
 # ## A point in another person
@@ -164,7 +163,7 @@ plot.bars(missed, "mm", title="distance from the true place, 4 organs of 3 peopl
 # and `--max-angle` keep the search short.)
 #
 # ```bash
-# medvol embedding register first.nii.gz aligned --moving elsewhere.nii.gz --embedder run --spacing 8 --max-angle 10 \
+# medvol embedding register first.nii.gz aligned --moving elsewhere.nii.gz --embedder run --spacing 10 --max-angle 10 \
 #     --no-deformable
 # ```
 
@@ -172,8 +171,8 @@ plot.bars(missed, "mm", title="distance from the true place, 4 organs of 3 peopl
 off = np.array([60.0, -40.0, 70.0])
 write_volume(Volume(two.data, affine_from(6.0, two.affine[:3, 3] + off)), root/"elsewhere.nii.gz")
 elsewhere, goal = read_volume(root/"elsewhere.nii.gz"), organs_two + off
-register(root/"first.nii.gz", root/"aligned", root/"elsewhere.nii.gz", embedder=root/"run", spacing=8.0, max_angle=10.0,
-         deformable=False, device="cpu")
+register(root/"first.nii.gz", root/"aligned", root/"elsewhere.nii.gz", embedder=root/"run", spacing=10.0,
+         max_angle=10.0, deformable=False, device="cpu")
 move = read_transform(root/"aligned"/"elsewhere_field.nii.gz")
 before, after = (np.linalg.norm(x - goal, axis=1).mean() for x in (organs_one, move(organs_one)))
 tiles = [one, *(warp(elsewhere, t, one.affine, one.shape, fill=-1000) for t in (Transform(), move))]
