@@ -73,8 +73,8 @@ sorted(p.relative_to(root).as_posix() for p in (root/"prepared").glob("*/p0*")),
 # A step draws two views of two scans. Each voxel of one view that also lies in the other has a *positive*, the voxel
 # at the same place, and thousands of *negatives*; the loss asks the network to tell which is which. A fine head, with
 # the resolution of two voxels, knows what a place looks like; a coarse head, with a view of the whole region, knows
-# where in the body it is. `--tiny` makes network, views and batches small, and the few changes beside it suit voxels
-# of 6 mm.
+# where in the body it is; its loss goes up and down with how far apart two views happen to be. `--tiny` makes
+# network, views and batches small, and the few changes beside it suit voxels of 6 mm.
 #
 # ```bash
 # medvol embedding train --scans prepared --out run --tiny --steps 70 \

@@ -20,10 +20,8 @@ import numpy as np
 
 from medvol_nb import phantoms, plot
 from medvol_nb.blocks import count_parameters
-from medvol_nb.core import rng_for
-from medvol_nb.synth.contrast import FeatureNetwork, build_network, load_network
-from medvol_nb.synth.features import (class_recall, compare_probes, extract_features, features, fit_probe, pca_colours,
-                                      voxels_of)
+from medvol_nb.synth.contrast import build_network, load_network
+from medvol_nb.synth.features import compare_probes, features, pca_colours
 from medvol_nb.synth.generate import ensembles, pack, views
 from medvol_nb.synth.pairfile import array_digest
 from medvol_nb.synth.pretrain import pretrain
@@ -84,12 +82,12 @@ assert len(bank) == 4*8 and bank.names.count("vertebrae") == 4 and "pancreas" no
 # by a warped ball, as a body ends somewhere, and half of these get a skin. Colours are labels; they name nothing.
 #
 # ```bash
-# medvol synth ensembles --templatedir bank --savedir labels --n-ensembles 30 --side-length 48 \
+# medvol synth ensembles --templatedir bank --savedir labels --n-ensembles 24 --side-length 48 \
 #     --min-templates 14 --max-templates 24
 # ```
 
 # %%
-few = dict(n_ensembles=30, side_length=48, min_templates=14, max_templates=24, workers=0, backend="torch")
+few = dict(n_ensembles=24, side_length=48, min_templates=14, max_templates=24, workers=0, backend="torch")
 ensembles(templatedir=root/"bank", savedir=root/"labels", **few)
 scenes = [read_volume(p).load().data for p in sorted((root/"labels").glob("*.nii.gz"))]
 middle = lambda a: np.asarray(a)[:, :, 24].T
@@ -102,7 +100,7 @@ plot.montage([np.full((48, 48), 128)]*8, 8, lbls=[middle(s) for s in scenes[:8]]
 # %%
 again = ensembles(templatedir=root/"bank", savedir=root/"part", start_idx=5, end_idx=7, **few)
 parts = [array_digest(read_volume(p).load().data) for p in sorted((root/"part").glob("*.nii.gz"))]
-assert len(scenes) == 30 and len(parts) == 2 and set(parts) <= {array_digest(s) for s in scenes}
+assert len(scenes) == 24 and len(parts) == 2 and set(parts) <= {array_digest(s) for s in scenes}
 again
 
 # %% [markdown]
@@ -121,23 +119,23 @@ plot.montage([middle(p) for p in [*pictures[0][:8], *pictures[1][:8]]], 8, title
 
 # %%
 likeness = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(*pictures)]
-assert len(likeness) == 30 and abs(np.mean(likeness)) < 0.5
+assert len(likeness) == 24 and abs(np.mean(likeness)) < 0.5
 f"correlation of the two views: mean {np.mean(likeness):.2f}, from {min(likeness):.2f} to {max(likeness):.2f}"
 
 # %% [markdown]
 # ## Step 3: one file
 # Pictures and labels are matched by name and packed, with checksums, into the HDF5 files that the original's training
-# reads. Six scenes are held out. (`medvol synth generate` does steps 1 to 3 at once, without files in between.)
+# reads. Four scenes are held out. (`medvol synth generate` does steps 1 to 3 at once, without files in between.)
 #
 # ```bash
-# medvol synth pack --view1-dir views/view1 --view2-dir views/view2 --seg-dir labels --out-dir h5 --val-count 6
+# medvol synth pack --view1-dir views/view1 --view2-dir views/view2 --seg-dir labels --out-dir h5 --val-count 4
 # ```
 
 # %%
 pack(view1_dir=root/"views"/"view1", view2_dir=root/"views"/"view2", seg_dir=root/"labels", out_dir=root/"h5",
-     val_count=6)
+     val_count=4)
 train, held_out = (open_pairs(root/"h5", split) for split in ("train", "val"))
-assert (len(train), len(held_out)) == (24, 6) and held_out.verify()["ok"]
+assert (len(train), len(held_out)) == (20, 4) and held_out.verify()["ok"]
 {k: (v.shape, str(v.dtype)) for k, v in train[0].items()}
 
 # %% [markdown]
@@ -165,8 +163,8 @@ trained = load_network(root/"pretrained", "cpu")
 # about others of the same picture; whether a voxel's features are more useful than its grey value shows at once.
 
 # %%
-fresh = FeatureNetwork(build_network(trained.net.cfg, 0).eval(), *list(vars(trained).values())[1:])
-probes = compare_probes({"untrained": fresh.net, "trained": trained.net}, held_out)
+fresh = build_network(trained.net.cfg, 0).eval()
+probes = compare_probes({"untrained": fresh, "trained": trained.net}, held_out)
 found = {name: p["same_view"] for name, p in probes.items()}
 plot.bars({"guessing": probes["grey"]["chance"], **found}, title="labels of held-out scenes found by a linear probe")
 
@@ -175,50 +173,30 @@ assert found["trained"] > 0.08 + max(found["grey"], found["untrained"])
 
 # %% [markdown]
 # ## Features of a scan
-# The network has never seen a scan. Now it gets some, and every voxel becomes sixteen numbers. The picture shows their
-# three main directions as colours, the same for both patients. Most of what varies is *where* a voxel is, from left to
-# right and from top to bottom, which so small a network can tell by the borders of the picture. Whether they say more
-# is tested below.
+# The network has never seen a scan. Now it gets two, and every voxel becomes sixteen numbers. The picture shows their
+# three main directions as colours, the same for both patients. Much of what varies is *where* a voxel is, which so
+# small a network can tell by the borders of the picture; edges and organs are in it, too. Whether such features help
+# with a task of yours takes a training of real length to say: so short a one beats grey values on scans with some
+# seeds, and with others it does not.
 #
 # ```bash
 # medvol synth features --image-file scans/p8.nii.gz --image-file scans/p9.nii.gz --checkpoint pretrained
 # ```
 
 # %%
-patients = {f"p{k}": phantoms.abdomen((48, 36, 42), seed=k) for k in (8, 9, 10, 11)}
 (root/"scans").mkdir()
-for name, p in patients.items():
+scans = {f"p{k}": phantoms.abdomen((48, 36, 42), seed=k) for k in (8, 9)}
+for name, p in scans.items():
     write_volume(Volume(np.clip(p.img, -160, 300), affine_from(p.spacing)), root/"scans"/f"{name}.nii.gz")
 features(sorted((root/"scans").iterdir()), checkpoint=root/"pretrained", output_dir=root/"features", overlap=0.25,
          device="cpu")
-made = {n: read_volume(root/"features"/f"{n}.nii.gz").load().data for n in patients}
-colours = pca_colours(made["p8"], made["p9"])
+made = [read_volume(root/"features"/f"{n}.nii.gz").load().data for n in scans]
 upright = lambda a: np.swapaxes(a[:, 11], 0, 1)[::-1]
-plot.montage([upright(v) for n, c in zip(("p8", "p9"), colours) for v in (np.clip(patients[n].img, -160, 300), c)], 4,
+plot.montage([upright(v) for p, c in zip(scans.values(), pca_colours(*made)) for v in (np.clip(p.img, -160, 300), c)], 4,
              titles=["a patient", "its features", "another patient", "its features"])
 
-# %% [markdown]
-# One labelled scan, and no further training: a linear probe learns the organs of the first patient and looks for them
-# in the three others. The share of each organ that it finds, on average, with grey values, with features of an
-# untrained network, and with these:
-
 # %%
-def transfer(describe):
-    def some(name, part):
-        lbl, vectors = patients[name].lbl, describe(name)
-        at = voxels_of(lbl, rng_for(0, name))[part]
-        return vectors.reshape(len(vectors), -1).T[at], lbl.ravel()[at]
-    probe = fit_probe(*some("p8", 0))
-    return float(np.mean([class_recall(probe(x), y) for x, y in (some(n, 1) for n in ("p9", "p10", "p11"))]))
-
-greys = {n: np.clip(p.img, -160, 300).astype(np.float32) for n, p in patients.items()}
-recall = {"grey values": transfer(lambda n: greys[n][None]),
-          "untrained": transfer(lambda n: extract_features(fresh, greys[n], overlap=0.25)),
-          "trained": transfer(lambda n: made[n])}
-plot.bars(recall, title="organs of other patients, found from one labelled scan")
-
-# %%
-assert made["p8"].shape == (16, 48, 36, 42) and recall["trained"] > recall["untrained"] + 0.1
+assert made[0].shape == (16, 48, 36, 42) and np.isfinite(made[1]).all()
 place.cleanup()
 
 # %% [markdown]

@@ -126,14 +126,14 @@ assert min(map(len, by_phase.values())) >= 8 and videos <= set(read_json(root/"s
 #
 # ```bash
 # medvol embryo finetune --model base --image-folder frames --run-name run --train full --conditioning class \
-#     --max-train-steps 100 --batch-size 8 --lr 2e-3
+#     --max-train-steps 80 --batch-size 8 --lr 2e-3
 # ```
 
 # %%
 make_tiny_sd(root/"nothing", resolution=32)
-error = teach_autoencoder(root/"nothing", frames, root/"base", steps=60, device="cpu")
+error = teach_autoencoder(root/"nothing", frames, root/"base", steps=50, device="cpu")
 finetune(model=str(root/"base"), image_folder=root/"frames", output_dir=root, run_name="run", train="full",
-         conditioning="class", max_train_steps=100, batch_size=8, lr=2e-3, num_validation_images=0, device="cpu",
+         conditioning="class", max_train_steps=80, batch_size=8, lr=2e-3, num_validation_images=0, device="cpu",
          overrides=("n_tokens=4", "schedule=cosine"))
 losses = [float(r["loss"]) for r in read_csv(root/"run"/"log.csv")]
 plot.curves({"loss": losses}, xlabel="step", ylabel="loss", height=2.2)
@@ -149,20 +149,20 @@ assert np.mean(losses[-20:]) < 0.5*np.mean(losses[:20])
 #
 # ```bash
 # medvol embryo generate --phase t2 tM tEB --dataset-name drawn --synthetic-dataset-parent runs --model-path run \
-#     --num-images 12 --steps 12 --guidance-scale 1.5
+#     --num-images 8 --steps 12 --guidance-scale 1.5
 # ```
 
 # %%
 (root/"runs").mkdir()
-generate(phase=CHOSEN, dataset_name="drawn", synthetic_dataset_parent=root/"runs", model_path=root/"run", num_images=12,
-         steps=12, guidance_scale=1.5, device="cpu", max_rejects=12)
+generate(phase=CHOSEN, dataset_name="drawn", synthetic_dataset_parent=root/"runs", model_path=root/"run", num_images=8,
+         steps=12, guidance_scale=1.5, device="cpu", max_rejects=8)
 drawn = SyntheticRuns(root/"runs", transform=lambda x: x)
 made = {p: [d.image for d in (drawn[i] for i in range(len(drawn))) if d.phase == PHASES.index(p)] for p in CHOSEN}
 plot.montage([f for p in CHOSEN for f in made[p][:8]], 8, title="synthetic frames, a row each: t2, tM, tEB")
 
 # %%
 record = read_json(root/"runs"/"drawn-tM"/"metadata.json")
-assert len(drawn) == 36 and record["synthetic"] and record["complete"] and record["phase"] == "tM"
+assert len(drawn) == 24 and record["synthetic"] and record["complete"] and record["phase"] == "tM"
 {k: record[k] for k in ("prompt", "phase", "focal-plane", "num_images", "steps")}
 
 # %% [markdown]
@@ -179,7 +179,7 @@ assert len(drawn) == 36 and record["synthetic"] and record["complete"] and recor
 
 # %%
 classify("train", dataset=root/"data", split_file=root/"split.json", out=root/"judge", architecture="small", size=32,
-         steps=200, lr=4e-3, device="cpu")
+         steps=150, lr=4e-3, device="cpu")
 judged = metrics(orig_data_path=root/"data", synth_data_path=root/"runs", model_weights_path=root/"judge",
                  split_file_path=root/"split.json", result_fold_path=root/"quality", device="cpu")
 rows = read_csv(judged["table"])
