@@ -4,10 +4,10 @@
 # > From the archives of embryo time-lapses to synthetic frames of the rare phases, and a judgement of them.
 #
 # An incubator photographs an embryo every quarter of an hour, in seven focal planes, while it divides. Sixteen phases
-# have names, and some of them are short: of a data set of 2.4 million frames few show three cells. The system
-# followed here (a workshop in Nantes, 2023) fine-tuned Stable Diffusion on the frames of the data set of Gomez et al.
-# (*Data in Brief* 42, 2022) and drew more of what was rare. This tutorial goes that way in miniature, and one step
-# further than the original went: to the question whether the drawn frames are any good.
+# have names, and some of them are rare: of 2.4 million frames of the largest public data set (Gomez et al., *Data in
+# Brief* 42, 2022) very few show a hatching blastocyst. The system followed here, of a summer workshop in Nantes (2023),
+# fine-tuned Stable Diffusion on these frames and drew more of what was rare. This tutorial goes that way in miniature,
+# up to the question whether the drawn frames are any good.
 #
 # The frames are [drawn by a formula](60a_embryo_phantom.ipynb), and the diffusion model is one of
 # [five megabytes that knows nothing](62_embryo_tiny.ipynb). The commands are those for the real ones.
