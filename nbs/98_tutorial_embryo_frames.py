@@ -4,7 +4,7 @@
 # > From the archives of embryo time-lapses to synthetic frames of the rare phases, and a judgement of them.
 #
 # An incubator photographs an embryo every quarter of an hour, in seven focal planes, while it divides. Sixteen phases
-# have names, and some of them are rare: of 2.4 million frames of the largest public data set (Gomez et al., *Data in
+# have names, and some of them are rare: of the 2.4 million frames of the public data set (Gomez et al., *Data in
 # Brief* 42, 2022) very few show a hatching blastocyst. The system followed here, of a summer workshop in Nantes (2023),
 # fine-tuned Stable Diffusion on these frames and drew more of what was rare. This tutorial goes that way in miniature,
 # up to the question whether the drawn frames are any good.
