@@ -15,6 +15,7 @@ from medvol_nb.signatures import function_doc, module_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "nbs").glob("9[5-9]*_*.py"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`(medvol [^`]+)`(?!`)")
 FILE = re.compile(r"`([a-z_]\w*\.(?:json|jsonl|csv|npy|png|hdf5|safetensors|zarr))`")
@@ -62,8 +63,17 @@ def names(words: list[str]) -> None:
             assert word.split("=")[0].replace("_", "-") in known, f"{name} has no option {word}"
 
 
+def prose(page: Path) -> str:
+    "Markdown of a page; of a page in nbs, that of its markdown cells"
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".py":
+        return text
+    cells = re.split(r"^# %%", text, flags=re.M)
+    return "\n".join(re.sub(r"^# ?", "", c.split("\n", 1)[1], flags=re.M) for c in cells if c.startswith(" [markdown]"))
+
+
 def blocks(page: Path, *kinds: str) -> list[str]:
-    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+    return [body for kind, body in FENCE.findall(prose(page)) if kind in kinds]
 
 
 def problems(lines: list[list[str]], check) -> list[str]:
@@ -82,22 +92,22 @@ def command_lines(page: Path) -> list[list[str]]:
     return [words for line in text.splitlines() if (words := arguments(line.removeprefix("$ "))) is not None]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda p: p.name)
 def test_command_lines_of_blocks(page):
     "They are complete: every required value is there and every value has its type"
     assert not (found := problems(command_lines(page), whole)), "\n".join(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda p: p.name)
 def test_command_names_in_sentences(page):
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", prose(page))
     lines = [m[1].split()[1:] for m in SPAN.finditer(text)]
     assert not (found := problems(lines, names)), "\n".join(found)
 
 
 def test_there_are_lines_to_check():
     "The patterns find what the pages hold"
-    assert sum(len(command_lines(p)) for p in PAGES) > 40
+    assert sum(len(command_lines(p)) for p in PAGES) > 40 and all(len(command_lines(p)) > 3 for p in TUTORIALS)
     assert arguments("torchrun --nproc-per-node 2 -m medvol_nb.cli unet train --config a.json  # x") == [
         *"unet train --config a.json".split()
     ]
