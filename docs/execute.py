@@ -43,7 +43,7 @@ def run_page(page: Path, cache: Path) -> str:
         cell.outputs = [nbformat.from_dict(o) for o in shell.run(cell.source)]
         if shell.exc: return f"{page.name}, in the cell\n\n{cell.source}\n\n{''.join(format_exc(shell.exc))}"
     plt.close("all")
-    del shell
+    shell.reset(new_session=False) # the page's volumes and networks
     gc.collect()
     target = place(text, cache)
     new = target.with_suffix(f".{os.getpid()}")
@@ -71,5 +71,6 @@ def run_pages(pages: Iterable[Path], cache: Path) -> list[str]:
     missing = [p for target, p in wanted.items() if not target.exists()]
     if not missing: return []
     workers = min(len(missing), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), usual_start_method) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), usual_start_method,
+                             max_tasks_per_child=40) as pool: # trained-in processes keep memory
         return [told for told in pool.map(attempt, missing, [cache]*len(missing)) if told]
