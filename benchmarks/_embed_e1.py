@@ -56,9 +56,11 @@ PATCH = "MIND-SSC, 27 voxels 6 mm apart"
 ABOUT = """"384 points of the body of a warped abdomen CT are looked for in the original (122 x 101 x 112 voxels of 3
 mm, searched at 2 mm): turned by 8 degrees, 8 % larger, smooth elastic of 6 mm rms, noise of 4 HU; E1 with
 gamma 0.85, E2 with a curve of grey values as between CT and MR. No training saw this scan, and no setting
-was chosen by it. *mutual*: share of the matches whose way back ends within 12 mm of its beginning, then the
-errors of these alone. *E7*: share of the voxels that an exact search of single points leaves out. *CPU s*:
-processor time of the training on one core, in bfloat16."""
+of the network was chosen by it; the noise and the distance of the 27 voxels are such that the hand-made
+rows come out as the experiment's author measured them. Trainings have 400 steps, `more` 300. *mutual*:
+share of the matches whose way back ends within 12 mm of its beginning, then the errors of these alone.
+*E7*: share of the voxels that an exact search of single points leaves out. *CPU s*: processor time of the
+training on one core, in bfloat16."""
 
 
 # ---- training
@@ -329,13 +331,13 @@ def mean_of(rows: list[dict], experiment: str, kind: str, end: str = "") -> dict
 def judged(rows: list[dict]) -> list[Row]:
     "The bars of E1 and E2"
     of = {(r["experiment"], r["row"]): r for r in rows}
-    out, best = [], min((of["E1", n] for n in list(HAND_MADE)[1:]), key=lambda r: r["mean"])
+    out, best = [], min((of["E1", n] for n in list(HAND_MADE)[1:] if ("E1", n) in of), key=lambda r: r["mean"])
     patch, chance = of["E1", PATCH], of["E1", "random weights"]
     for kind in KINDS:
         r = mean_of(rows, "E1", kind)
         if not r["seeds"] or kind == "wild": continue
         def add(name, what, ours, reference, unit, bar=1.0, note="", less=True, kind=kind, n=r["seeds"]):
-            out.append(Row(f"embed_e1.{kind}_{name}", f"E1, {KINDS[kind]}, {n} seeds: {what}", ours, reference, unit,
+            out.append(Row(f"embed_e1.{kind}_{name}", f"E1, {KINDS[kind]}, seeds: {n}; {what}", ours, reference, unit,
                            reference/ours if less else ours/reference, bar=bar, note=note))
         more = "more is better: ratio = ours / reference"
         add("mean", f"mean error; reference: {best['row']}", r["mean"], best["mean"], "mm", round(1/0.65, 3))
@@ -352,7 +354,7 @@ def judged(rows: list[dict]) -> list[Row]:
     plain, wild = mean_of(rows, "E2", "thorax"), mean_of(rows, "E2", "wild")
     if plain["seeds"] and wild["seeds"]:
         a, b = 100*wild["within_10"], 100*plain["within_10"] + 10
-        out.append(Row("embed_e1.wild_share", f"E2, {KINDS['wild']}, {wild['seeds']} seeds: within 10 mm; reference: "
+        out.append(Row("embed_e1.wild_share", f"E2, {KINDS['wild']}, seeds: {wild['seeds']}; within 10 mm; reference: "
                        "without curves, plus 10 points", a, b, "%", a/b, bar=1.0, note="more is better: ratio = ours / "
                        f"reference; {PATCH}: {100*of['E2', PATCH]['within_10']:.1f}"))
     return out
