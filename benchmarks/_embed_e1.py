@@ -53,11 +53,11 @@ MORE = ["anatomical_embedding/lung_two_timepoints/followup_warped_to_baseline_ct
 VALIDATION = ["anatomical_embedding/lung_two_timepoints/followup_warped_to_baseline_ct.nii.gz",
               "datalists_supervoxels/openkbp/imagesTr/kbp_060.nii.gz"]  # of the settings
 PATCH = "MIND-SSC, 27 voxels 6 mm apart"
-ABOUT = """"384 points of the body of a warped abdomen CT are looked for in the original (122 x 101 x 112 voxels of 3
+ABOUT = """384 points of the body of a warped abdomen CT are looked for in the original (122 x 101 x 112 voxels of 3
 mm, searched at 2 mm): turned by 8 degrees, 8 % larger, smooth elastic of 6 mm rms, noise of 4 HU; E1 with
 gamma 0.85, E2 with a curve of grey values as between CT and MR. No training saw this scan, and no setting
 of the network was chosen by it; the noise and the distance of the 27 voxels are such that the hand-made
-rows come out as the experiment's author measured them. Trainings have 400 steps, `more` 300. *mutual*:
+rows come out near what was measured for them before. Trainings have 400 steps, `more` 300. *mutual*:
 share of the matches whose way back ends within 12 mm of its beginning, then the errors of these alone.
 *E7*: share of the voxels that an exact search of single points leaves out. *CPU s*: processor time of the
 training on one core, in bfloat16."""
