@@ -56,17 +56,26 @@ def section(family: str, rows: list[Row], full: bool) -> str:
     return f"## {family}\n\n{date}\n{about}\n\n{table(rows, markdown=True)}\n"
 
 
+def sections() -> dict[str, str]:
+    "Family -> its section in RESULTS.md"
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
+    return {m[1]: m[0].rstrip() + "\n" for m in re.finditer(r"^## (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
+
+
+def put(family: str, text: str) -> None:
+    "Replace a section of RESULTS.md"
+    parts = sections() | {family: text}
+    write_text(RESULTS, HEAD + "".join(f"\n{parts[k]}" for k in sorted(parts)))
+
+
 def write(family: str, rows: list[Row], full: bool, whole: bool) -> None:
     "Replace the section of one family in RESULTS.md, or single rows of it"
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
-    parts = {m[1]: m[0].rstrip() + "\n" for m in re.finditer(r"^## (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
-    new = section(family, rows, full)
-    if not whole and family in parts:
+    old, new = sections(), section(family, rows, full)
+    if not whole and family in old:
         lines = {line.split(" | ")[0]: line for line in new.splitlines() if line.startswith(f"| {family}.")}
-        kept = [lines.pop(line.split(" | ")[0], line) for line in parts[family].splitlines()]
+        kept = [lines.pop(line.split(" | ")[0], line) for line in old[family].splitlines()]
         new = "\n".join([*kept, *lines.values()]) + "\n"
-    parts[family] = new
-    write_text(RESULTS, HEAD + "".join(f"\n{parts[k]}" for k in sorted(parts)))
+    put(family, new)
 
 
 def main() -> int:

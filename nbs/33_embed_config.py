@@ -169,7 +169,11 @@ with raises(ConfigError, match="Did you mean 'sam_NIHLN'"): preset("sam_NIHL")
 # %% [markdown]
 # ## Small
 # The published network takes 20 seconds a step on a CPU core. `tiny` is a quarter as wide, has smaller views, a sharper
-# temperature and AdamW with a falling rate, and learns within minutes; everything else stays as the preset says.
+# temperature and AdamW with a falling rate, and learns within minutes; everything else stays as the preset says, but
+# for the norm: with four views a step, means and variances of a batch are those of one place in one or two scans, and
+# what they say of another part of the body is wrong. With group norm 240 steps on two crops of a thorax find 50 % of
+# places within 10 mm in another thorax and 77 % in a head and neck; with batch norm 300 steps find 45 and 64 %. The
+# price is that such a network cannot embed a scan in slabs.
 
 # %%
 #| export
@@ -180,7 +184,7 @@ def tiny(
     "Make settings small enough for a CPU"
     least = lambda a, b: tuple(min(x, y) for x, y in zip(a, b))
     return cfg.model_copy(update={
-        "model": cfg.model.model_copy(update={"width": 16, "emb": 64}),
+        "model": cfg.model.model_copy(update={"width": 16, "emb": 64, "norm": "gn"}),
         "views": cfg.views.model_copy(update={"patch": least(cfg.views.patch, (32, 64, 64)),
                                               "degrees": max(cfg.views.degrees, 10.0)}),
         "organs_crop": least(cfg.organs_crop, (48, 64, 64)), "pairs_crop": least(cfg.pairs_crop, (32, 64, 64)),

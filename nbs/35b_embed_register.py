@@ -26,8 +26,8 @@ from typing import Any, Literal
 import numpy as np
 
 from medvol_nb.core import DataError, MissingFile, OnExists, log, write_csv, write_json
-from medvol_nb.embed.deform import (Backend, _mask_on, _on_grid, _single, code_levels, cost_volume, coupled_convex,
-                                    register_deformable, ssc_codes, working_grid)
+from medvol_nb.embed.codes import Backend, code_levels, cost_volume, coupled_convex, ssc_codes
+from medvol_nb.embed.deform import _mask_on, _on_grid, _single, register_deformable, working_grid
 from medvol_nb.embed.match import Matcher
 from medvol_nb.embed.prepare import pair_files
 from medvol_nb.embed.model import load_embedder

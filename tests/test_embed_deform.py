@@ -7,18 +7,10 @@ import pytest
 
 from medvol_nb import phantoms
 from medvol_nb.core import ConfigError, DataError, FormatError, MedvolError, MissingFile, rng_for
+from medvol_nb.embed import codes as bits
 from medvol_nb.embed import deform
-from medvol_nb.embed.deform import (
-    LEVELS,
-    adam_refine,
-    cost_volume,
-    coupled_convex,
-    discrete_search,
-    make_inverse,
-    register_deformable,
-    ssc_codes,
-    vector_codes,
-)
+from medvol_nb.embed.codes import cost_volume, coupled_convex, ssc_codes, vector_codes
+from medvol_nb.embed.deform import LEVELS, adam_refine, discrete_search, make_inverse, register_deformable
 from medvol_nb.embed.transforms import Field, Transform, compose, jacobian_report, warp
 from medvol_nb.geometry import Volume, affine_from, reorient, to_axes, to_world
 
@@ -47,14 +39,14 @@ def naive_codes(img, s):
     r = range(-s, s + 1)
     for x in np.ndindex(n):
         v = []
-        for shift, reads in zip(deform._SHIFTS * s, deform._READS * s):
+        for shift, reads in zip(bits._SHIFTS * s, bits._READS * s):
             for read in reads:
                 c = np.add(x, read)
                 v.append(sum((at(c + (i, j, k)) - at(c + shift + (i, j, k))) ** 2 for i in r for j in r for k in r))
         v = np.array(v) - min(v)
         for c in range(12):
             for t in range(5):
-                if v[c] > deform._LEVELS[t] * max(v.mean(), 1e-6):
+                if v[c] > bits._LEVELS[t] * max(v.mean(), 1e-6):
                     out[x] |= np.uint64(1) << np.uint64(5 * c + t)
     return out
 
@@ -74,10 +66,10 @@ def test_codes_ignore_contrast_and_are_neutral_where_nothing_is_known():
     valid = np.ones(img.shape, bool)
     valid[:4] = False
     code = ssc_codes(img, valid=valid)
-    assert (code[:4] == deform._NEUTRAL).all() and not (code[4:] == deform._NEUTRAL).any()
+    assert (code[:4] == bits._NEUTRAL).all() and not (code[4:] == bits._NEUTRAL).any()
     for other in (-img, 1000 * img - 7, img * 1e-6):
         assert np.bitwise_count(ssc_codes(img) ^ ssc_codes(other)).mean() < 0.2
-    far = np.bitwise_count(code[4:] ^ deform._NEUTRAL).mean()
+    far = np.bitwise_count(code[4:] ^ bits._NEUTRAL).mean()
     apart = np.bitwise_count(code[12:] ^ code[4:-8]).mean()
     assert far < 1.3 * apart
 
@@ -104,9 +96,9 @@ def test_choice_is_exact():
     v = noise("v", shape=(40, 3))
     for alpha in (0.0, 0.01, 0.3, 5.0):
         out = np.empty((40, 3), np.float32)
-        deform._choose_arrays(cost, v, np.float32(alpha), 5, out)
+        bits._choose_arrays(cost, v, np.float32(alpha), 5, out)
         fast = np.empty((40, 3), np.float32)
-        deform._kernel(deform._choose_loop, deform._choose_arrays, "auto")(cost, v, np.float32(alpha), 5, fast)
+        bits._kernel(bits._choose_loop, bits._choose_arrays, "auto")(cost, v, np.float32(alpha), 5, fast)
         assert np.allclose(out, fast, atol=1e-4)
         steps = np.arange(-2, 3)
         full = cost.reshape(40, 5, 5, 5) + alpha * (

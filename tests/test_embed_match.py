@@ -132,7 +132,8 @@ def test_D29_air_is_not_searched():
     assert np.rint(b.fine.to_index(free.matched))[0].tolist() == [2, 2, 2] and b.fine.to_index(held.matched)[0, 0] > 3.4
 
 
-def test_pruning_is_exact_and_says_how_much():
+def test_E7_pruning_is_exact_and_says_how_much():
+    "Exact, and most voxels are left out where vectors tell places apart, as trained ones do"
     a, b = random_pair()
     q, k = (make_side(e, ("fine", "coarse"), CPU) for e in (a, b))
     at = torch.from_numpy(rng_for(0, "n").integers(2, np.array(a.fine.shape) - 2, (30, 3)).astype(float))
@@ -141,6 +142,12 @@ def test_pruning_is_exact_and_says_how_much():
     full, pruned = search(k, query), search_pruned(k, query)
     assert torch.equal(full[0], pruned[0]) and 0 <= pruned[2] < 1
     np.testing.assert_allclose(full[1], pruned[1], atol=1e-6)
+    scan = header((60, 56, 48), (4.0, 4.0, 4.0))
+    place = make_side(position_embedding(scan), ("fine", "coarse"), CPU)
+    fine, coarse, _ = page.descriptors(place, at[:5])
+    learned = make_query(place, fine, coarse)
+    where, score, skipped = search_pruned(place, learned)
+    assert torch.equal(where, search(place, learned)[0]) and skipped > 0.8
 
 
 def test_batches_order_and_storage_do_not_matter(tmp_path):

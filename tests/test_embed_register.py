@@ -6,7 +6,7 @@ import pytest
 from medvol_nb import phantoms
 from medvol_nb.core import DataError, MissingFile, rng_for
 from medvol_nb.embed import register as module
-from medvol_nb.embed.deform import ssc_codes
+from medvol_nb.embed.codes import ssc_codes
 from medvol_nb.embed.register import (
     align,
     block_matches,

@@ -85,8 +85,8 @@ def test_D01_a_single_data_set_is_legal():
     assert sorted(seen) == list(range(6))
 
 
-def test_D08_no_data_set_is_lost():
-    "E3: tail_slots=1 gives 3 : 1, tail_slots=0 uniform; only the quirk gives 4 : 0"
+def test_D08_E3_no_data_set_is_lost():
+    "tail_slots=1 gives 3 : 1, tail_slots=0 uniform; only the quirk gives 4 : 0"
     def histogram(**options):
         sampler = MixedBatchSampler([20, 20], 4, **options)
         count = Counter(d.index >= 20 for b in range(1000) for d in sampler.batch(b))

@@ -1,9 +1,11 @@
 """Pages 33 and 33a: presets, what a batch becomes, exact resume, several processes, does it learn."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,17 @@ def test_every_preset_trains_small_on_a_cpu(name, scans, tmp_path):
     done = quick(scans, tmp_path/"run", 2, more, preset=name, organs=[scans], pairs=[scans],
                  start_from=tmp_path/"start.safetensors")
     assert done["steps"] == 2 and np.isfinite(float(done["last"]["loss"]))
+
+
+def test_D19_nothing_is_defined_twice():
+    "The reference has two functions of one name with different signatures; the second wins without a word"
+    for path in sorted(Path(module.__file__).parent.glob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        scopes = [body, *(node.body for node in body if isinstance(node, ast.ClassDef))]
+        for scope in scopes:
+            names = Counter(n.name for n in scope if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+                            and not any(isinstance(d, ast.Attribute) for d in n.decorator_list)) # x.setter
+            assert not [n for n, k in names.items() if k > 1], path.name
 
 
 def test_D20_the_second_stage_does_not_start_from_nothing(scans, tmp_path):

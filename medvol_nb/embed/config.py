@@ -124,7 +124,7 @@ def tiny(
     "Make settings small enough for a CPU"
     least = lambda a, b: tuple(min(x, y) for x, y in zip(a, b))
     return cfg.model_copy(update={
-        "model": cfg.model.model_copy(update={"width": 16, "emb": 64}),
+        "model": cfg.model.model_copy(update={"width": 16, "emb": 64, "norm": "gn"}),
         "views": cfg.views.model_copy(update={"patch": least(cfg.views.patch, (32, 64, 64)),
                                               "degrees": max(cfg.views.degrees, 10.0)}),
         "organs_crop": least(cfg.organs_crop, (48, 64, 64)), "pairs_crop": least(cfg.pairs_crop, (32, 64, 64)),

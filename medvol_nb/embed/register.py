@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core import DataError, MissingFile, OnExists, log, write_csv, write_json
-from .deform import (Backend, _mask_on, _on_grid, _single, code_levels, cost_volume, coupled_convex,
-                                    register_deformable, ssc_codes, working_grid)
+from .codes import Backend, code_levels, cost_volume, coupled_convex, ssc_codes
+from .deform import _mask_on, _on_grid, _single, register_deformable, working_grid
 from .match import Matcher
 from .prepare import pair_files
 from .model import load_embedder
