@@ -71,6 +71,5 @@ def run_pages(pages: Iterable[Path], cache: Path) -> list[str]:
     missing = [p for target, p in wanted.items() if not target.exists()]
     if not missing: return []
     workers = min(len(missing), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), usual_start_method,
-                             max_tasks_per_child=40) as pool: # trained-in processes keep memory
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), usual_start_method) as pool:
         return [told for told in pool.map(attempt, missing, [cache]*len(missing)) if told]
