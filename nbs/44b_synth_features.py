@@ -157,15 +157,16 @@ def features(
     outs = {Path(f): Path(output_dir)/f"{stem_of(f)}{suffix}" for f in image_file}
     if len(set(outs.values())) < len(image_file):
         raise DataError("features: two volumes have the same name, their results would overwrite each other")
-    weights = load_network(checkpoint, device).digest
+    network = load_network(checkpoint, device)
+    weights, here = network.digest, network if workers == 0 and dask is None else None
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     def one(path: Path) -> dict[str, Any]:
         row = {"image": str(path), "features": str(outs[path])}
         if not check_output(outs[path], on_exists, inputs=[path]): return {**row, "status": "skipped"}
         vol = to_axes(read_volume(path), "xyz")
         if vol.channels is not None: raise DataError(f"{path}: has {vol.channels} channels, one is needed")
-        network = _network(os.fspath(checkpoint), device, weights)
-        made = extract_features(network, np.asarray(vol.data), normalizer=normalizer, overlap=overlap,
+        net = _network(os.fspath(checkpoint), device, weights) if here is None else here
+        made = extract_features(net, np.asarray(vol.data), normalizer=normalizer, overlap=overlap,
                                 patch_size=(patch_size,)*3 if patch_size else None, batch_size=batch_size,
                                 precision=precision_for(precision, device_for(device)))
         write_volume(Volume(made.astype(dtype), vol.affine, "cxyz"), outs[path], on_exists)
