@@ -20,7 +20,7 @@ from medvol_nb.embed.model import EmbedderConfig, ModelConfig, build_model, save
 from medvol_nb.embed.prepare import prepare
 from medvol_nb.embed.register import register
 from medvol_nb.embed.store import embed, position_embedding, write_embedding
-from medvol_nb.embryo import quality
+from medvol_nb.embryo import features as picture_features
 from medvol_nb.embryo.commands import classify
 from medvol_nb.embryo.commands import metrics as picture_metrics
 from medvol_nb.embryo.generate import generate as draw_pictures
@@ -263,7 +263,7 @@ def test_a_killed_worker_changes_no_byte(command, data, cluster, tmp_path, monke
     "Inputs are relative to the folder of the caller, who went there after the workers had started"
     kinds, call = CALLS[command]
     monkeypatch.chdir(data(*kinds))
-    monkeypatch.setattr(quality, "_BATCHES", 4)  # several tasks from few pictures
+    monkeypatch.setattr(picture_features, "_BATCHES", 4)  # several tasks from few pictures
     here = call(tmp_path / "here", None)
     with Killer(cluster) as killer:
         there = call(tmp_path / "there", cluster.scheduler_address)
