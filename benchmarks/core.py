@@ -1,4 +1,5 @@
-"Files, resampling, parallel maps and imports: what all pages stand on"
+"Files, resampling, viewers, parallel maps and imports: what all pages stand on"
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -7,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from benchmarks.common import Row, compare, copy_bandwidth, interleaved, median, threads
+from benchmarks.common import Row, compare, copy_bandwidth, interleaved, median, number, threads
 from benchmarks.reference.core import each, trilinear
 from medvol_nb import phantoms
 from medvol_nb.geometry import Volume, resample
@@ -116,6 +117,46 @@ def resampling(full: bool = False) -> list[Row]:
     return rows
 
 
+def viewing(full: bool = False) -> list[Row]:
+    "A slider of the viewer is moved: three planes are read, coloured and packed, two of them as they were"
+    from numcodecs import Zstd
+
+    from medvol_nb.stores import write_zarr
+    from medvol_nb.viewer import viewer
+    size, limit, zstd = (512, 512, 300), 0.05, Zstd()
+    body = phantoms.abdomen(size)
+    affine = np.diag([.7, .7, 1, 1])
+    ct, lbl = Volume(body.img.astype(np.int16), affine), Volume(body.lbl, affine)
+    def row(name, what, times, floor=None):
+        took = median(times)
+        return Row(f"core.view_{name}", f"{what}, {' x '.join(map(str, size))} int16; reference: the limit", took*1e3,
+                   limit*1e3, "ms", limit/took, floor and floor*1e3, floor and floor/took, 1,
+                   f"slowest {number(max(t[0] for t in times)*1e3)} ms", median(times, 1)*1e3, runs=len(times))
+    def moved(look, name, steps):
+        return interleaved({k: lambda k=k: look.set(name, k) for k in steps}, runs=1, warm_up=0)
+    rows = []
+    with tempfile.TemporaryDirectory() as d, threads():
+        for v, file in ((ct, "ct.zarr"), (lbl, "lbl.zarr")): write_zarr(v, Path(d)/file)
+        for kind, image, over in (("array", ct, lbl), ("zarr", Path(d)/"ct.zarr", Path(d)/"lbl.zarr")):
+            look, times = viewer(image, {"organs": over}, limits=(-160, 300)), []
+            for name in look.image.names:
+                first = look.image.count(name)//2
+                look.set(name, first) # decoded now
+                times += itertools.chain(*moved(look, name, range(first + 1, first + 12)).values())
+            rows.append(row(kind, f"next slice of the viewer, with labels, {kind}", times))
+        for name in ("axial", "coronal", "sagittal"):
+            look = viewer(Path(d)/"ct.zarr", limits=(-160, 300))
+            steps = [k for k in range(32, look.image.count(name), 64) if k//64 != look.image.count(name)//2//64]
+            times = list(itertools.chain(*moved(look, name, steps).values()))
+            across = look.image.screen(name).across
+            packed = [f.read_bytes()[:-4] for f in (Path(d)/"ct.zarr"/"image"/"c").glob("*/*/*") # without checksum
+                      if f.relative_to(d).parts[3 + across] == str(steps[0]//64)]
+            floor = interleaved({"decode": lambda packed=packed: [zstd.decode(p) for p in packed]}, 5)["decode"]
+            rows.append(row(f"zarr_first_{name}", f"first {name} slice of a row of {len(packed)} chunks of 64^3, zstd",
+                            times, median(floor)))
+    return rows
+
+
 def double(x): return 2*x
 
 
@@ -144,4 +185,5 @@ def imports(full: bool = False) -> list[Row]:
     return rows
 
 
-ROWS = {"gzip_read": gzip_read, "gzip_write": gzip_write, "resample": resampling, "pmap": parallel, "import": imports}
+ROWS = {"gzip_read": gzip_read, "gzip_write": gzip_write, "resample": resampling, "view": viewing,
+        "pmap": parallel, "import": imports}

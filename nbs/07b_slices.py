@@ -27,7 +27,7 @@ import numpy as np
 
 from medvol_nb.core import DataError
 from medvol_nb.plot import label_colours, rim, window_limits
-from medvol_nb.stores import as_format_error, check_budget
+from medvol_nb.stores import as_format_error, check_budget, reader_of
 from medvol_nb.volume import Volume, affine_from, format_of, read_volume, resample_to, same_grid, to_axes, to_index
 
 # %%
@@ -350,6 +350,7 @@ class Planes:
             raise DataError(f"channel {channel} was asked for, the volume has 0 to {n - 1}")
         self._lead = () if n is None else (slice(None) if channel is None else channel,)
         self.screens, self.most, self.cache_bytes = screens(self.vol, convention), most, cache_bytes
+        self._read = reader_of(self.vol.data)
         self._each = self.vol.dtype.itemsize*(n if n is not None and channel is None else 1) # bytes a voxel
         self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -374,7 +375,7 @@ class Planes:
     def _box(self, across: int, first: int, last: int) -> np.ndarray:
         box = tuple(slice(first, last) if k == across else slice(None) for k in range(3))
         with as_format_error(str(self.vol.meta.get("path", "volume")), "cannot be read"):
-            return np.asarray(self.vol.data[(*self._lead, *box)])
+            return np.asarray(self._read((*self._lead, *box)))
 
     def _cut(self, across: int, k: int) -> np.ndarray:
         "Slice `k` across a stored axis, in stored order"

@@ -21,7 +21,6 @@
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import re
 import threading
@@ -32,9 +31,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import DataError, FormatError, MissingExtra, MissingFile, fingerprint, log, optional
+from medvol_nb.core import DataError, FormatError, MissingExtra, MissingFile, fingerprint, log
 from medvol_nb.grid import patch_slices
-from medvol_nb.stores import _TO_MM, _check_array, _ome_level, _place, _split, as_format_error, check_budget
+from medvol_nb.stores import (_TO_MM, _check_array, _ome_level, _place, _split, as_format_error, check_budget,
+                              fast_reader)
 from medvol_nb.zarrnet.remote import Remote, remote_store
 
 # %%
@@ -153,26 +153,10 @@ assert decoded == [0, 10, 40, 50, 60, 80, 90] and kept.bytes <= 160
 # %% [markdown]
 # ## Handles
 # A handle is a function from a box in stored axes to its voxels. It is made from plain values in the process that
-# reads. tensorstore does not survive a fork of a process that used it, so a forked child takes zarr, whose event loop
-# starts anew there. Its file reads run in one thread, which keeps the buffers warm (a quarter of the time on
-# uncompressed chunks), and in a worker process so does its decoding: the other workers need their processors.
+# reads: by tensorstore where that can be (see [stores](04b_stores.ipynb)), else by zarr.
 
 # %%
 #| export
-_tensorstore_pid: int | None = None # process that first used tensorstore: a fork of it must not
-
-def _tensorstore(folder: str, version: int, cache_bytes: int) -> Callable:
-    global _tensorstore_pid
-    ts = optional("tensorstore", extra="fast")
-    spec = {"driver": "zarr" if version == 2 else "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "recheck_cached_metadata": "open", "recheck_cached_data": "open"}
-    limits = {"cache_pool": {"total_bytes_limit": cache_bytes}, "file_io_concurrency": {"limit": 1}}
-    if multiprocessing.parent_process() is not None: limits["data_copy_concurrency"] = {"limit": 1}
-    context = ts.Context(limits)
-    _tensorstore_pid = _tensorstore_pid or os.getpid()
-    array = ts.open(spec=spec, context=context, read=True).result()
-    return lambda index: array[index].read().result()
-
 def _open_node(store: str, name: str, where: str) -> Any:
     "The zarr array or group at a place, local or not"
     import zarr
@@ -184,12 +168,9 @@ def _zarr_handle(
     where: str, store: str, name: str, version: int, reader: str, chunks: Sequence[int], shards: Sequence[int] | None,
     cache_bytes: int,
 ) -> Callable:
-    forked = _tensorstore_pid not in (None, os.getpid())
-    if reader != "zarr" and "://" not in store and not (forked and reader == "auto"):
-        if forked: raise DataError(f"{where}: tensorstore was used before this process was forked from its parent and "
-                                   "would hang. Start workers with 'spawn' or 'forkserver', or use reader='auto'")
-        try: return _tensorstore(os.path.join(store, name).rstrip("/"), version, cache_bytes)
-        except (ValueError, MissingExtra) as e: # a codec that it lacks, or it is not installed
+    if reader != "zarr" and "://" not in store:
+        try: return fast_reader(os.path.join(store, name).rstrip("/"), version, cache_bytes)
+        except (ValueError, MissingExtra) as e: # a codec it lacks, not installed, or after a fork
             if reader == "tensorstore": raise
             log.debug("%s: read by zarr instead of tensorstore (%s)", where, e)
     array = _open_node(store, name, where)

@@ -1,13 +1,14 @@
 """Three planes, label lists, matches, patches, runs and cases: each shows what it says, hostile input is told."""
 
 import io
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medvol_nb import phantoms
+from medvol_nb import phantoms, stores
 from medvol_nb.core import DataError, FormatError, MissingFile, write_json
 from medvol_nb.review import case_browser, checkpoint_table, find_runs, look, read_log, run_browser
 from medvol_nb.slices import Planes
@@ -264,3 +265,26 @@ def test_look_finds_out(tmp_path, ct, lbl):
         look(tmp_path / "a.txt")
     with pytest.raises(MissingFile):
         look(tmp_path / "absent.nii.gz")
+
+
+def test_a_store_is_read_by_tensorstore_where_that_can_be_and_by_zarr_elsewhere(tmp_path, monkeypatch):
+    data = np.random.default_rng(0).integers(0, 99, (40, 30, 20)).astype(np.int16)
+    for version in (2, 3):
+        path = stores.write_zarr(Volume(data, np.eye(4)), tmp_path / f"v{version}.zarr", chunks=16, version=version)
+        planes = [Planes(path)]
+        with monkeypatch.context() as m:
+            m.setattr(stores, "_tensorstore_pid", os.getpid() + 1)  # as after a fork
+            planes += [Planes(path)]
+        for p in planes:
+            assert all(np.array_equal(p.plane(n, 7), planes[-1].plane(n, 7)) for n in p.names)
+        k = planes[0].screen("axial").across
+        assert np.array_equal(np.sort(planes[0].plane("axial", 7), None), np.sort(data.take(7, k), None))
+
+
+def test_a_damaged_chunk_is_named_whoever_reads(tmp_path):
+    data = np.random.default_rng(0).integers(0, 99, (40, 30, 20)).astype(np.int16)
+    path = stores.write_zarr(Volume(data, np.eye(4)), tmp_path / "a.zarr", chunks=16)
+    chunk = path / "image/c/0/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-20])
+    with pytest.raises(FormatError, match="a.zarr"):
+        Planes(path).plane("axial", 3)

@@ -13,12 +13,12 @@ import pytest
 import tifffile
 import zarr
 
-from medvol_nb import phantoms
+from medvol_nb import phantoms, stores
 from medvol_nb.core import DataError, FormatError, MissingFile
 from medvol_nb.geometry import Volume, affine_from
 from medvol_nb.parallel import pmap
 from medvol_nb.stores import write_ome_zarr, write_zarr
-from medvol_nb.zarrnet import io, remote
+from medvol_nb.zarrnet import remote
 from medvol_nb.zarrnet.io import open_volume
 from medvol_nb.zarrnet.remote import Passing, Remote, with_retries
 
@@ -408,8 +408,8 @@ def test_B9_a_forked_child_reads_after_its_parent(copies, roll, reader):
 def test_tensorstore_is_used_where_it_can_and_refused_after_a_fork(copies, monkeypatch):
     pytest.importorskip("tensorstore")
     open_volume(copies / "v3.zarr")[:1]
-    assert io._tensorstore_pid == os.getpid()
-    monkeypatch.setattr(io, "_tensorstore_pid", os.getpid() + 1)
+    assert stores._tensorstore_pid == os.getpid()
+    monkeypatch.setattr(stores, "_tensorstore_pid", os.getpid() + 1)
     with pytest.raises(DataError, match="would hang. Start workers with 'spawn'"):
         open_volume(copies / "v3.zarr", reader="tensorstore")[:1]
 

@@ -9,7 +9,6 @@ __all__ = ['ChunkedVolume', 'open_volume']
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import re
 import threading
@@ -20,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..core import DataError, FormatError, MissingExtra, MissingFile, fingerprint, log, optional
+from ..core import DataError, FormatError, MissingExtra, MissingFile, fingerprint, log
 from ..grid import patch_slices
-from ..stores import _TO_MM, _check_array, _ome_level, _place, _split, as_format_error, check_budget
+from ..stores import (_TO_MM, _check_array, _ome_level, _place, _split, as_format_error, check_budget,
+                              fast_reader)
 from .remote import Remote, remote_store
 
 # %% ../../nbs/50a_zarrnet_io.ipynb #_MAX_CHANNELS
@@ -91,21 +91,7 @@ class _Kept:
                 self.bytes -= self.held.popitem(last=False)[1].nbytes
         return data
 
-# %% ../../nbs/50a_zarrnet_io.ipynb #_tensorstore_pid
-_tensorstore_pid: int | None = None # process that first used tensorstore: a fork of it must not
-
-def _tensorstore(folder: str, version: int, cache_bytes: int) -> Callable:
-    global _tensorstore_pid
-    ts = optional("tensorstore", extra="fast")
-    spec = {"driver": "zarr" if version == 2 else "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "recheck_cached_metadata": "open", "recheck_cached_data": "open"}
-    limits = {"cache_pool": {"total_bytes_limit": cache_bytes}, "file_io_concurrency": {"limit": 1}}
-    if multiprocessing.parent_process() is not None: limits["data_copy_concurrency"] = {"limit": 1}
-    context = ts.Context(limits)
-    _tensorstore_pid = _tensorstore_pid or os.getpid()
-    array = ts.open(spec=spec, context=context, read=True).result()
-    return lambda index: array[index].read().result()
-
+# %% ../../nbs/50a_zarrnet_io.ipynb #_open_node
 def _open_node(store: str, name: str, where: str) -> Any:
     "The zarr array or group at a place, local or not"
     import zarr
@@ -117,12 +103,9 @@ def _zarr_handle(
     where: str, store: str, name: str, version: int, reader: str, chunks: Sequence[int], shards: Sequence[int] | None,
     cache_bytes: int,
 ) -> Callable:
-    forked = _tensorstore_pid not in (None, os.getpid())
-    if reader != "zarr" and "://" not in store and not (forked and reader == "auto"):
-        if forked: raise DataError(f"{where}: tensorstore was used before this process was forked from its parent and "
-                                   "would hang. Start workers with 'spawn' or 'forkserver', or use reader='auto'")
-        try: return _tensorstore(os.path.join(store, name).rstrip("/"), version, cache_bytes)
-        except (ValueError, MissingExtra) as e: # a codec that it lacks, or it is not installed
+    if reader != "zarr" and "://" not in store:
+        try: return fast_reader(os.path.join(store, name).rstrip("/"), version, cache_bytes)
+        except (ValueError, MissingExtra) as e: # a codec it lacks, not installed, or after a fork
             if reader == "tensorstore": raise
             log.debug("%s: read by zarr instead of tensorstore (%s)", where, e)
     array = _open_node(store, name, where)
