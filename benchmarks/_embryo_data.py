@@ -1,10 +1,13 @@
 "Extraction, index and image folders against tarfile, directory iteration and re-encoding, on generated data"
+import contextlib
 import functools
+import itertools
 import os
 import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,16 @@ def fresh(name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def fresh_folders(base: Path) -> Iterator[Callable[[str], Path]]:
+    "A new folder for every run, all removed at the end: to remove the last one is not what is timed"
+    count = itertools.count()
+    try: yield lambda name: base/f"{name}-{next(count)}"
+    finally:
+        for p in base.iterdir():
+            if p.name.rpartition("-")[2].isdigit(): shutil.rmtree(p)
+
+
 def extraction(full: bool = False) -> list[Row]:
     "One plane of pictures; ours also compares the checksum and looks at the ends of pictures"
     videos, frames, src = (60, 300, scratch()/"archives") if full else (12, 300, scratch()/"archives")
@@ -83,16 +96,17 @@ def extraction(full: bool = False) -> list[Row]:
     data = {n: bytes(n) for _, n in contents}
 
     def floor() -> None:
-        out = fresh("floor")
+        out = new("floor")
         for name, n in contents:
             path = out/name
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as f: f.write(data[n])
     what = f"{len(contents)} pictures of {sum(n for _, n in contents)//len(contents)} bytes, one archive a time"
-    return [compare("embryo.extract", f"{what}; reference: tarfile.extractall, no checksum",
-                    lambda: extract_dataset(src, fresh("ours"), n_proc=1, planes=["F+00"]),
-                    lambda: extract_all(archives, fresh("theirs")), floor, unit="s", runs=3, bar=1.25, cpu=True,
-                    note="processor seconds, with the removal of the last tree; ours with checks, index and report")]
+    with fresh_folders(scratch()) as new:
+        return [compare("embryo.extract", f"{what}; reference: tarfile.extractall, no checksum",
+                        lambda: extract_dataset(src, new("ours"), n_proc=1, planes=["F+00"]),
+                        lambda: extract_all(archives, new("theirs")), floor, unit="s", runs=3, bar=1.25, cpu=True,
+                        note="processor seconds; ours with checks, index and report")]
 
 
 def two_planes(full: bool = False) -> list[Row]:
@@ -108,11 +122,13 @@ def two_planes(full: bool = False) -> list[Row]:
     (src/"embryo_dataset_time_elapsed.tar.gz").write_bytes(pack({}))
     (src/"embryo_dataset_grades.csv").write_text("video_name,TE,ICM\n")
     archives = sorted(src.glob("*.tar.gz"))
-    return [compare("embryo.extract_two", "2 planes of 3600 pictures; reference: one process for each of four archives",
-                    lambda: extract_dataset(src, fresh("ours"), n_proc=2, planes=["F+00", "F+15"]),
-                    lambda: extract_in_processes(archives, fresh("theirs")), unit="s", runs=5, bar=1.25,
-                    others={"one after the other": lambda: extract_all(archives, fresh("third"))},
-                    note="wall time on two processors; it means something only if both are free")]
+    with fresh_folders(scratch()) as new:
+        return [compare("embryo.extract_two",
+                        "2 planes of 3600 pictures; reference: one process for each of four archives",
+                        lambda: extract_dataset(src, new("ours"), n_proc=2, planes=["F+00", "F+15"]),
+                        lambda: extract_in_processes(archives, new("theirs")), unit="s", runs=5, bar=1.25,
+                        others={"one after the other": lambda: extract_all(archives, new("third"))},
+                        note="wall time on two processors; it means something only if both are free")]
 
 
 def indexing(full: bool = False) -> list[Row]:
@@ -145,14 +161,13 @@ def folders(full: bool = False) -> list[Row]:
     template = PromptTemplate()
     literal = [(index.path(*c[:3]), template.format(c.phase), frame_label(*c[:3]), c.phase.value) for c in items]
 
-    def again(name: str) -> Path:
-        shutil.rmtree(root/name, ignore_errors=True)
-        return root/name
-    return [compare("embryo.image_folder", f"{len(items)} pictures of 500 x 500; reference: decode and encode again",
-                    lambda: write_image_folder(again("ours"), index, items),
-                    lambda: folder_by_encoding(literal, again("theirs")), unit="s", runs=3, bar=5,
-                    others={"copies": lambda: write_image_folder(again("copies"), index, items, link="copy")},
-                    note="hard links, every picture checked for its end mark")]
+    with base, fresh_folders(root) as new:
+        return [compare("embryo.image_folder",
+                        f"{len(items)} pictures of 500 x 500; reference: decode and encode again",
+                        lambda: write_image_folder(new("ours"), index, items),
+                        lambda: folder_by_encoding(literal, new("theirs")), unit="s", runs=5, bar=5,
+                        others={"copies": lambda: write_image_folder(new("copies"), index, items, link="copy")},
+                        note="hard links, every picture checked for its end mark")]
 
 
 ROWS = {"extract": extraction, "extract_two": two_planes, "index": indexing, "image_folder": folders}

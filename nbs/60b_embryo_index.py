@@ -177,7 +177,8 @@ class EmbryoIndex:
     ) -> Path: # of a picture
         "File of a frame"
         file = self.other.get(f"{plane.folder}/{video}/{frame}")
-        return self.root/plane.folder/video/(file or f"{self.videos[self.place(video)].prefix}RUN{frame}.jpeg")
+        name = file or f"{self.videos[self.place(video)].prefix}RUN{frame}.jpeg"
+        return Path(f"{self.root}/{plane.folder}/{video}/{name}") # half the time of joining paths
 
     def has(
         self,

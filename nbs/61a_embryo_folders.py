@@ -167,13 +167,13 @@ with raises(DataError, match="100 frames were asked for, there are only"):
 Layout, Link = Literal["split", "flat", "hf"], Literal["auto", "hard", "sym", "copy", "encode"]
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 
-def _linked(source: Path, target: Path, link: Link) -> str:
+def _linked(source: Path, target: str, link: Link) -> str:
     "Make the second name of a file; what was done, or '' if it has to be copied"
     if link in ("copy", "encode"): return ""
     if link == "sym":
         os.symlink(source.absolute(), target)
         return "sym"
-    try: os.link(source.resolve(), target)
+    try: os.link(os.path.realpath(source) if os.path.islink(source) else source, target) # of the file, not of a link
     except OSError as e:
         if link == "hard" or e.errno not in _NO_LINKS: raise
         return ""
@@ -216,10 +216,10 @@ def write_image_folder(
         for sub in {"split": ("images", "descriptions"), "hf": ("images",), "flat": ()}[layout]: (t/sub).mkdir()
         for i, (c, source) in enumerate(zip(progress(items, "image folder"), sources)):
             (image, text), prompt = image_names(layout, i), template.format(c.phase, c.plane, n_planes)
-            if (how := _linked(source, t/image, link)) == "":
+            if (how := _linked(source, f"{t}/{image}", link)) == "":
                 how = "encode" if link == "encode" else "copy"
                 data = jpeg_bytes(read_frame(source)) if how == "encode" else source.read_bytes()
-                (t/image).write_bytes(data)
+                with open(f"{t}/{image}", "wb") as f: f.write(data)
             if text:
                 with open(f"{t}/{text}", "wb") as f: f.write(f"{prompt}\n".encode())
             label = frame_label(c.plane, shown[c.video], c.frame)
