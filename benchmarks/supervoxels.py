@@ -67,13 +67,21 @@ def scaling(full: bool = False) -> list[Row]:
         torch.set_num_threads(k)
         try: return slic3d(features, 300, stride=stride)
         finally: torch.set_num_threads(before)
-    rows = []
+    def products(k: int) -> None:
+        torch.set_num_threads(k)
+        try:
+            for _ in range(8): torch.mm(ones, ones)
+        finally: torch.set_num_threads(before)
+    ones, rows = torch.ones(1024, 1024), []
+    both = interleaved({"one": lambda: products(1), "two": lambda: products(2)}, 9)
+    most = median(both["one"])/median(both["two"])
     for stride, name in ((1, "threads"), (2, "threads_default")):
         assert (on(1, stride) == on(2, stride)).all()
         rows.append(compare(f"supervoxels.{name}", f"{n}^3, stride {stride}, two threads; reference: one thread",
                             functools.partial(on, 2, stride), functools.partial(on, 1, stride), unit="s", runs=7,
                             bar=1.6,
-                            note=f"wall seconds; load of the machine meanwhile {os.getloadavg()[0]:.1f}"))
+                            note=f"wall seconds; large matrix products by two threads: {most:.2f}; load of the "
+                                 f"machine meanwhile {os.getloadavg()[0]:.1f}"))
     return rows
 
 
