@@ -147,7 +147,7 @@ def _grown(body: np.ndarray, steps: Sequence[int], img: np.ndarray, level: float
     return _largest(sure[picks] | (maybe[picks] & (img > level)))
 
 # %% [markdown]
-# The phantom's body is found although its lungs are as dark as the room; the mask ends where the tissue does.
+# A trunk without lungs is the easy case: the mask ends where the tissue does.
 
 # %%
 scan = Volume(ct.img, affine_from(ct.spacing))
@@ -169,7 +169,7 @@ flipped = replace(scan, data=scan.data[::-1, :, ::-1])
 assert np.mean(body_mask(flipped).mask[::-1, :, ::-1] != body.mask) < 0.01
 
 # %% [markdown]
-# A neck of air between lung and room, as the nose makes one, is cut.
+# A dark cavity inside is body, too, and a neck of air between it and the room, as the nose makes one, is cut.
 
 # %%
 room = np.full((40, 40, 40), -1000.0)

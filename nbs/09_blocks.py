@@ -435,8 +435,8 @@ with raises(ConfigError, match="needs a normalisation"): ResidualBlock(8, 8, nor
 # %% [markdown]
 # ## Up again
 # Three ways lead to a finer grid: a transposed convolution with kernel = stride, linear, or nearest interpolation.
-# Interpolation comes with a 1×1 convolution for the channels, and it comes *after* it: both are linear and commute, and
-# so the convolution runs on an eighth of the voxels.
+# Interpolation needs a 1×1 convolution for the channels, which goes *before* it: the two commute, and so the
+# convolution runs on an eighth of the voxels.
 
 # %%
 #| export
