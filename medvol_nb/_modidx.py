@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medvol_nb.config._models': ('config.html#_models', 'medvol_nb/config.py'),
                                   'medvol_nb.config._override': ('config.html#_override', 'medvol_nb/config.py'),
                                   'medvol_nb.config._problem': ('config.html#_problem', 'medvol_nb/config.py'),
+                                  'medvol_nb.config._settings_file': ('config.html#_settings_file', 'medvol_nb/config.py'),
                                   'medvol_nb.config.check_config': ('config.html#check_config', 'medvol_nb/config.py'),
                                   'medvol_nb.config.config_schema': ('config.html#config_schema', 'medvol_nb/config.py'),
                                   'medvol_nb.config.dump_config': ('config.html#dump_config', 'medvol_nb/config.py'),

@@ -255,7 +255,7 @@ class _Residual(nn.Module):
 
 def _odd(kernel: tuple[int, ...]) -> None:
     if any(k % 2 == 0 for k in kernel):
-        raise ConfigError(f"kernel: must be odd, so that both paths keep sizes, got {kernel}")
+        raise ConfigError(f"kernel: must be odd, so that sizes are kept, got {kernel}")
 
 class ResidualBlock(_Residual):
     "Two convolutions with a way around them"
@@ -357,12 +357,13 @@ class UpBlock(nn.Module):
         join: str = "concat", # "concat" or "sum"
         fit: str = "error", # see `match_size`
         n_convs: int = 1, # convolution blocks after joining
-        kernel: int | Sequence[int] = 3, # [voxel]
+        kernel: int | Sequence[int] = 3, # odd [voxel]
         norm: str = "instance", # see `norm_layer`
         act: str = "leaky_relu", # see `activation`
     ):
         super().__init__()
         _channels("up block: c_in, c_skip, c_out, n_convs", c_in, c_skip, c_out, n_convs)
+        _odd(_axes("kernel", kernel, dims))
         self.join, self.fit = _one_of("join", join, ("concat", "sum")), _one_of("fit", fit, ("error", "fit"))
         self.up = upsample(up, dims, c_in, c_skip, scale)
         widths = [c_skip*(2 if join == "concat" else 1)] + [c_out]*n_convs
@@ -388,7 +389,7 @@ class FPN(nn.Module):
         c_out: int, # channels of every output
         dims: int = 3, # 2 or 3
         *,
-        kernel: int | Sequence[int] = 3, # of the output convolutions [voxel]
+        kernel: int | Sequence[int] = 3, # of the output convolutions, odd [voxel]
         outputs: Sequence[int] | None = None, # levels wanted, 0 the finest, which must be among them; None: all
     ):
         super().__init__()
@@ -397,6 +398,7 @@ class FPN(nn.Module):
         if not self.outputs or self.outputs[0] != 0 or self.outputs[-1] >= len(c_in):
             raise ConfigError(f"fpn: outputs must hold 0 and lie below {len(c_in)}, got {outputs!r}. "
                               "Leave out finer levels by not passing them")
+        _odd(_axes("kernel", kernel, dims))
         self.lateral = nn.ModuleList(conv(dims, c, c_out, 1) for c in c_in)
         self.output = nn.ModuleList(conv(dims, c_out, c_out, kernel) for _ in self.outputs)
 

@@ -15,7 +15,7 @@ import edt
 import numpy as np
 from scipy import ndimage
 
-from .core import DataError
+from .core import ConfigError, DataError
 from .geometry import Volume
 
 # %% ../nbs/05a_body.ipynb #Modality
@@ -76,6 +76,8 @@ def body_mask(
 ) -> Body: # mask on the grid of `vol`; everything if there is no contrast
     "Find the body: tissue and the cavities inside it"
     if vol.channels is not None: raise DataError(f"body mask: one 3-D scan is needed, got shape {vol.data.shape}")
+    if modality not in ("auto", "ct", "other"):
+        raise ConfigError(f"modality: must be 'auto', 'ct' or 'other', got {modality!r}")
     img = np.asarray(vol.data)
     kind = modality_of(img) if modality == "auto" else modality
     if img.size == 0 or img.min() == img.max(): return Body(np.ones(img.shape, bool), kind, -math.inf)

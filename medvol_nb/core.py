@@ -125,7 +125,7 @@ def _digest(obj: Any) -> bytes:
 
 # %% ../nbs/00_core.ipynb #fingerprint
 def fingerprint(
-    obj: Any, # plain value, array, dataclass, pydantic model or nesting of these
+    obj: Any, # plain value, path (its name), array, dataclass, pydantic model or nesting of these
     length: int = 16, # hexadecimal digits kept
 ) -> str: # lower-case hexadecimal
     "Stable short hash of a value's content"
@@ -187,8 +187,8 @@ def check_output(
     if on_exists == "overwrite": return True
     raise OutputExists(f"output {path} exists. Remove it, or choose on_exists='skip' or 'overwrite' (--on-exists)")
 
-# %% ../nbs/00_core.ipynb #_TEMP
-_TEMP = ".mvtmp-"
+# %% ../nbs/00_core.ipynb #_process_token
+_TEMP, _OLD = ".mvtmp-", ".mvold-" # what is being written; a folder that has stepped aside for its successor
 
 def _process_token(pid: int | None = None) -> str | None:
     "Name of a living process that a later process with the same number does not share; None if it is dead"
@@ -229,14 +229,17 @@ _until_sweep: dict[str, int] = {} # folder -> writes until it is looked at again
 
 def sweep_temporary(
     folder: str | os.PathLike, # folder whose direct children are looked at
-) -> list[str]: # names removed
-    "Remove what killed writers left behind in `folder`; what live processes own stays"
+) -> list[str]: # names removed, or put back
+    "Remove what killed writers left behind in `folder`, put back what had stepped aside; what live processes own stays"
     swept, names = [], os.listdir(folder)
     _until_sweep[os.fspath(folder)] = len(names)//16
-    for p in (Path(folder)/n for n in names if n.startswith(_TEMP)):
-        owner = re.match(rf"{re.escape(_TEMP)}[0-9a-f]{{8}}-([0-9a-f]{{6}}-\d+-\d+)-", p.name)
+    for p in (Path(folder)/n for n in names if n.startswith((_TEMP, _OLD))):
+        owner = re.match(r"\.mv(?:tmp-[0-9a-f]{8}|old)-([0-9a-f]{6}-\d+-\d+)-(.+)", p.name, re.DOTALL)
         if not owner or not _is_dead(owner[1]): continue
-        with contextlib.suppress(OSError): remove_tree(p); swept.append(p.name) # another process may be sweeping, too
+        with contextlib.suppress(OSError): # another process may be sweeping, too
+            if p.name.startswith(_OLD) and not p.with_name(owner[2]).exists(): os.rename(p, p.with_name(owner[2]))
+            else: remove_tree(p)
+            swept.append(p.name)
     return sorted(swept)
 
 def _sweep_now_and_then(folder: Path) -> None:
@@ -267,9 +270,12 @@ def _publish(temp: Path, path: Path, sync: bool) -> None:
         if not path.exists(): os.rename(temp, path)
         elif _exchange(temp, path): remove_tree(temp)
         else:
-            old = _temp_for(path)
+            old = path.with_name(f"{_OLD}{_host()}-{_process_token()}-{path.name}")
             os.rename(path, old)
-            os.rename(temp, path)
+            try: os.rename(temp, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
             remove_tree(old)
     else:
         if sync: _fsync(temp)
@@ -520,7 +526,7 @@ def read_csv(
     columns: Sequence[str] = (), # columns that must be there
     max_bytes: int = 2**29, # refuse larger files [byte]
 ) -> list[dict[str, str]]: # one dict of strings a row
-    "Read a CSV table with a header; short, long and unnamed rows are errors with their line"
+    "Read a CSV table with a header; repeated column names, and rows of another length than the header, are errors"
     text = _read_text(path, max_bytes)
     if "\0" in text: raise FormatError(f"{path}: holds NUL bytes, this is not a text table")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)

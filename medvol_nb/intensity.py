@@ -155,7 +155,7 @@ def _checked(vol: Any, nonfinite: str) -> np.ndarray:
         raise DataError(f"intensity: a NumPy array is needed, got {type(vol).__module__}.{type(vol).__name__}")
     vol = np.asarray(vol)
     if vol.dtype.kind not in "buif": raise DataError(f"intensity: real numbers are needed, got dtype {vol.dtype}")
-    if vol.dtype.kind != "f": return vol.astype(np.uint8) if vol.dtype == bool else vol
+    if vol.dtype.kind != "f": return vol.astype(np.float32) if vol.dtype == bool else vol
     bad = ~np.isfinite(vol)
     if vol.dtype.itemsize > 4: bad |= np.abs(vol) > np.finfo(np.float32).max
     if not bad.any(): return vol

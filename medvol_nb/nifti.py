@@ -42,7 +42,7 @@ class NiftiHeader:
     vox_offset: int # first byte of the voxels
     slope: float # stored value * slope + inter = value; 0 or NaN means: none
     inter: float # see slope
-    units: int # code of the length unit
+    units: int # code of the length unit: 1 metre, 2 millimetre, 3 micrometre, others say nothing
     qform_code: int # > 0 if the quaternion affine counts
     sform_code: int # > 0 if the matrix affine counts
     quatern: tuple[float, ...] # b, c, d and the offset x, y, z
@@ -226,7 +226,7 @@ def header_notes(
     if head.qform_code <= 0 and head.sform_code <= 0:
         notes.append(("W207", "no orientation in the header, only voxel sizes"))
     elif np.allclose(affine, np.eye(4)): notes.append(("W207", "affine is the identity, probably a lost header"))
-    if head.units == 0: notes.append(("W207", "no length unit in the header, taken as millimetres"))
+    if head.units not in (1, 2, 3): notes.append(("W207", "no length unit in the header, taken as millimetres"))
     if head.dtype.kind in "iu" and head.dtype.itemsize >= 4 and not head.has_scaling:
         notes.append(("W209", f"voxels are stored as {head.dtype.name}; int16 is enough for CT"))
     return notes

@@ -337,7 +337,7 @@ def embryo_frame(
     img = 0.47 + 0.16*(disc(far, 1.04 + thick) - disc(far, 1.04)) - 0.1*np.exp(-((far - 1.04)/0.035)**2)
     texture = smooth_noise((at, at), 0.08, rng)
     img += 0.05*texture*(0.3 + 0.7*disc(far, 1.0))
-    if phase in EMBRYO_PHASES[11:]: img += 0.05*np.sign(texture)*disc(far, 0.74)*(phase in ("tM", "tSB"))
+    if phase in ("tM", "tSB"): img += 0.05*np.sign(texture)*disc(far, 0.74)
     for (cu, cv, radius, bright), (du, dv, dr) in zip(_embryo_discs(phase), jitter):
         d, radius = np.hypot(u - (cu + du), v - (cv + dv)), radius*(1 + dr)
         rim, glow = np.exp(-((d - radius)/0.035)**2), np.exp(-((d - radius + 0.08)/0.05)**2)
@@ -348,7 +348,7 @@ def embryo_frame(
 
 # %% ../nbs/03_phantoms.ipynb #organs
 def organs(
-    shape: Sequence[int] = (48, 48, 48), # size of the grid (x, y, z) [voxel]
+    shape: int | Sequence[int] = (48, 48, 48), # size of the grid (x, y, z) [voxel]
     seed: int = 0, # which body
     *,
     noise: float = 25.0, # standard deviation of the white noise [HU]

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,7 +216,7 @@ def on_grid(
     order: int = 0, # 0 nearest (labels), 1 linear
     what: str = "overlay", # name for errors
     max_bytes: int = 2**31, # refuse to resample to more [byte]
-) -> Volume: # voxel by voxel the place of `image`
+) -> Volume: # voxel by voxel the place of `image`; whole numbers keep their type
     "Bring an overlay to the grid of its image; one on the same grid stays where it is, on disk perhaps"
     placed = isinstance(source, (str, Path, os.PathLike, Volume))
     vol = as_volume(source, most=max(image.shape)) # of a pyramid the level of the image
@@ -227,7 +227,9 @@ def on_grid(
     if vol.spatial_axes == image.spatial_axes and same_grid(vol, image, 0.1*min(image.spacing)): return vol
     for shape in (vol.shape, image.shape):
         check_budget((vol.channels or 1, *shape), np.float32 if order else vol.dtype, f"{what}, resampled", max_bytes)
-    return resample_to(to_axes(vol.load(), image.spatial_axes), image.affine, image.shape, order)
+    out = resample_to(to_axes(vol.load(), image.spatial_axes), image.affine, image.shape, order)
+    whole = order and vol.dtype.kind in "iu" # scores in bytes: their number type says what is full
+    return replace(out, data=np.rint(out.data).astype(vol.dtype)) if whole else out
 
 # %% ../nbs/07b_slices.ipynb #Planes
 class Planes:

@@ -186,10 +186,12 @@ def _zarr_volume(node: Any, store: Path, name: str, level: int, where: str) -> V
     elif name and "/" not in name:
         parent = zarr.open(str(store), mode="r")
         attrs = {**dict(parent.attrs), **attrs}
+    if level: raise DataError(f"{where}: level {level} was asked for, but it is one array and no pyramid")
     array = _check_array(node, where)
     if array.ndim not in (3, 4):
         raise DataError(f"{where}: {array.ndim} dimensions, a volume has 3, or 4 with channels")
-    axes, affine, notes = _place(attrs, array.ndim, where)
+    dims = getattr(array.metadata, "dimension_names", None) # of version 3; version 2 has them in the attributes
+    axes, affine, notes = _place({**({"_ARRAY_DIMENSIONS": list(dims)} if dims else {}), **attrs}, array.ndim, where)
     return Volume(array, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes), "levels": 1}))
 
 def _check_array(array: Any, where: str) -> Any:
@@ -250,7 +252,7 @@ def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int], shards: Seque
     return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, most))
 
 def packers_for(
-    compressor: Mapping[str, Any], # {"name": "zstd", "level": 3}; names: zstd, gzip, blosc, none; blosc takes more
+    compressor: Mapping[str, Any], # {"name": "zstd", "level": 1}; names: zstd, gzip, blosc, none; blosc takes more
     version: int, # of the zarr format, 2 or 3
 ) -> tuple: # codecs for `zarr.Group.create_array`
     "Compression with a checksum behind it"

@@ -175,7 +175,7 @@ class Ema:
         "Move the average towards the model"
         self.updates += 1
         decay = min(self.decay, (1 + self.updates)/(10 + self.updates))
-        moving = {k for k, _ in model.named_parameters()}
+        moving = {k for k, _ in model.named_parameters(remove_duplicate=False)} # shared ones by each of their names
         state = model.state_dict()
         names = [k for k in state if k in moving and state[k].is_floating_point()]
         torch._foreach_lerp_([self.shadow[k] for k in names], [state[k].detach() for k in names], 1 - decay)

@@ -228,7 +228,7 @@ def write_volume(
 def read_header(
     path: str | os.PathLike, # file, zarr store, HDF5 data set or DICOM folder
 ) -> Volume: # its data is a placeholder without memory, `meta['notes']` lists what is odd
-    "Shape, type and place of a volume, reading as little as the format allows"
+    "Shape, type and place of a volume, without its voxels in NIfTI, zarr and ITK files; the others are read whole"
     f = format_of(path)
     if f.name == "NIfTI":
         head = read_nifti_header(path)
@@ -268,7 +268,7 @@ def compare_grids(
     if same_grid(to_axes(ra, "xyz"), to_axes(rb, "xyz"), tolerance): return "reoriented"
     if a.axes == b.axes and a.channels is None and isinstance(a.data, np.ndarray) and isinstance(b.data, np.ndarray):
         whole, part = (a, b) if a.data.size >= b.data.size else (b, a)
-        start = locate_crop(whole, part) if min(part.data.strides) else None
+        start = locate_crop(whole, part) if min(part.data.strides) else None # strides 0: `read_header`, no voxels
         moved = start is not None and not close(to_world(whole.affine, start), part.affine[:3, 3], tolerance)
         if moved: return "shifted crop"
     return "different"

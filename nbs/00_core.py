@@ -123,8 +123,9 @@ assert close(1, 1) and not close([1, 2], [1, 2.1]) and not close([1], [1, 1])
 # %% [markdown]
 # ## Fingerprints
 # Caches, sidecars and resumed jobs must know whether *the same thing* is asked for again. `fingerprint` turns any plain
-# value, array, dataclass or file into a short stable hash. It depends on content alone: not on the order of a
-# dictionary, on the process, or on the Python version. Types matter, so `1`, `1.0` and `"1"` differ.
+# value, array or dataclass into a short stable hash. It depends on content alone: not on the order of a dictionary, on
+# the process, or on the Python version. Types matter, so `1`, `1.0` and `"1"` differ. Of a `Path` only the name counts;
+# `file_digest` reads the file.
 
 # %%
 #| export
@@ -161,7 +162,7 @@ def _digest(obj: Any) -> bytes:
 # %%
 #| export
 def fingerprint(
-    obj: Any, # plain value, array, dataclass, pydantic model or nesting of these
+    obj: Any, # plain value, path (its name), array, dataclass, pydantic model or nesting of these
     length: int = 16, # hexadecimal digits kept
 ) -> str: # lower-case hexadecimal
     "Stable short hash of a value's content"
@@ -223,9 +224,10 @@ with raises(DataError, match="seed must be an integer"): rng_for(-1)
 
 # %% [markdown]
 # ## Who writes what, and what if it is there already
-# One word decides in every function and command: `on_exists="error"` (the default), `"skip"` or `"overwrite"`.
-# `check_output` is asked before any work is done, so that a job never runs for an hour only to find its folder
-# read-only.
+# One word decides in every function and command: `on_exists="error"`, `"skip"` or `"overwrite"`. The default is
+# `"error"`. Jobs that can be resumed take `"skip"` and go on; the writers of this page, which stand at the end of
+# functions that have asked already, take `"overwrite"`. `check_output` is asked before any work is done, so that a job
+# never runs for an hour only to find its folder read-only.
 
 # %%
 #| export
@@ -266,10 +268,14 @@ def check_output(
 # disk, and only when the block ends without an error is it flushed to disk and renamed over the final name, in one
 # step of the file system. The same goes for whole folders. If the process is killed the sibling stays behind; its
 # name carries the process that owned it, so the next writer of that folder recognises it as dead and sweeps it away.
+#
+# Not every file system can swap two folders in one step; some network disks cannot. There the old folder steps aside
+# under a name of its own before the new one takes its place. A process killed between the two leaves no folder, and
+# the next writer puts the old one back.
 
 # %%
 #| export
-_TEMP = ".mvtmp-"
+_TEMP, _OLD = ".mvtmp-", ".mvold-" # what is being written; a folder that has stepped aside for its successor
 
 def _process_token(pid: int | None = None) -> str | None:
     "Name of a living process that a later process with the same number does not share; None if it is dead"
@@ -310,14 +316,17 @@ _until_sweep: dict[str, int] = {} # folder -> writes until it is looked at again
 
 def sweep_temporary(
     folder: str | os.PathLike, # folder whose direct children are looked at
-) -> list[str]: # names removed
-    "Remove what killed writers left behind in `folder`; what live processes own stays"
+) -> list[str]: # names removed, or put back
+    "Remove what killed writers left behind in `folder`, put back what had stepped aside; what live processes own stays"
     swept, names = [], os.listdir(folder)
     _until_sweep[os.fspath(folder)] = len(names)//16
-    for p in (Path(folder)/n for n in names if n.startswith(_TEMP)):
-        owner = re.match(rf"{re.escape(_TEMP)}[0-9a-f]{{8}}-([0-9a-f]{{6}}-\d+-\d+)-", p.name)
+    for p in (Path(folder)/n for n in names if n.startswith((_TEMP, _OLD))):
+        owner = re.match(r"\.mv(?:tmp-[0-9a-f]{8}|old)-([0-9a-f]{6}-\d+-\d+)-(.+)", p.name, re.DOTALL)
         if not owner or not _is_dead(owner[1]): continue
-        with contextlib.suppress(OSError): remove_tree(p); swept.append(p.name) # another process may be sweeping, too
+        with contextlib.suppress(OSError): # another process may be sweeping, too
+            if p.name.startswith(_OLD) and not p.with_name(owner[2]).exists(): os.rename(p, p.with_name(owner[2]))
+            else: remove_tree(p)
+            swept.append(p.name)
     return sorted(swept)
 
 def _sweep_now_and_then(folder: Path) -> None:
@@ -349,9 +358,12 @@ def _publish(temp: Path, path: Path, sync: bool) -> None:
         if not path.exists(): os.rename(temp, path)
         elif _exchange(temp, path): remove_tree(temp)
         else:
-            old = _temp_for(path)
+            old = path.with_name(f"{_OLD}{_host()}-{_process_token()}-{path.name}")
             os.rename(path, old)
-            os.rename(temp, path)
+            try: os.rename(temp, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
             remove_tree(old)
     else:
         if sync: _fsync(temp)
@@ -526,8 +538,9 @@ names
 # %% [markdown]
 # ## Journals
 # What is done must be remembered even if the process is killed the next moment. A journal is a text file that only
-# grows, a line at a time: each line reaches the system at once and the disk within a second. A line torn by a crash is
-# closed off, so that it can be recognised and dropped.
+# grows, a line at a time. Each line reaches the system at once, so it survives the process; the disk gets what has come
+# with the first line after a second, so a power cut takes the latest lines only. A line torn by a crash is closed off,
+# so that it can be recognised and dropped.
 
 # %%
 #| export
@@ -587,8 +600,8 @@ assert lines == ["case 1", "case 2, torn by a cra", "case 3"]
 # %% [markdown]
 # ## Strict JSON and CSV
 # Python's JSON reader accepts `NaN`, keeps the last of two equal keys, and dies with a recursion error on a deeply
-# nested file. A data list is an input from outside, so `read_json` refuses all three, names the line, and reads no
-# more than a stated number of bytes. `write_json` writes the same bytes for the same value, always.
+# nested file. A data list is an input from outside, so `read_json` refuses all three, names the line of a slip in the
+# syntax, and reads no more than a stated number of bytes. `write_json` writes the same bytes for the same value.
 
 # %%
 #| export
@@ -694,7 +707,7 @@ def read_csv(
     columns: Sequence[str] = (), # columns that must be there
     max_bytes: int = 2**29, # refuse larger files [byte]
 ) -> list[dict[str, str]]: # one dict of strings a row
-    "Read a CSV table with a header; short, long and unnamed rows are errors with their line"
+    "Read a CSV table with a header; repeated column names, and rows of another length than the header, are errors"
     text = _read_text(path, max_bytes)
     if "\0" in text: raise FormatError(f"{path}: holds NUL bytes, this is not a text table")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)

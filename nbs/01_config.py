@@ -276,15 +276,18 @@ def _override(data: Any, dotted: str, value: Any) -> None:
         if depth == len(parents): data[part] = value
         else: data = data.setdefault(part, {})
 
+def _settings_file(path: str | os.PathLike) -> Path:
+    if Path(path).suffix not in (".json", ".yaml", ".yml"):
+        raise ConfigError(f"{path}: settings files end in .json, .yaml or .yml")
+    return Path(path)
+
 def load_config(
     model: type[Config], # what the file must hold
     path: str | os.PathLike, # .json, .yaml or .yml file
     overrides: Mapping[str, Any] | Iterable[str] = (), # dotted key -> value, or 'key=value' strings
 ) -> Config: # instance of `model`
     "Read, override and validate a settings file; relative paths start from its folder"
-    path = Path(path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"{path}: settings files end in .json, .yaml or .yml")
+    path = _settings_file(path)
     data, lines = parse_settings(_read_text(path, 2**24), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a group of keys, got {type(data).__name__}")
@@ -301,7 +304,7 @@ def dump_config(
     on_exists: OnExists = "error", # what to do when `path` is there already
 ) -> str: # the text; reading it back gives an equal instance
     "Write settings with all defaults filled in"
-    if path is not None and Path(path).suffix in (".yaml", ".yml"):
+    if path is not None and _settings_file(path).suffix != ".json":
         import yaml
         text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)
         if parse_settings(text)[0] != plain(cfg): # odd line separators only survive as escapes

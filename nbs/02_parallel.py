@@ -240,7 +240,7 @@ def _stream(f: Callable, items: Sequence, workers: int, retries: int, timeout: f
             jobs = n_jobs if elsewhere else 1 if len(group) == 1 else workers
             try:
                 for i, ok, value in _pool(packed, ((i, _pack(items[i])) for i in group), jobs,
-                                          None if elsewhere else marks, None if elsewhere else timeout):
+                                          None if elsewhere else marks, timeout):
                     left.discard(i)
                     yield i, ok, value
                 continue
@@ -280,8 +280,8 @@ def pmap(
     desc: str = "", # shown beside the progress bar
     errors: Literal["raise", "collect"] = "raise", # after all items ran: raise a BatchError, or return the failures
     ledger: "Ledger | None" = None, # skip items it knows as done and record the others (values must be plain)
-    retries: int = 2, # how often an item whose process died is tried again, alone
-    timeout: float | None = None, # [s] an item may take; needs workers != 0
+    retries: int = 2, # how often an item whose process died is tried again, alone; on a cluster the scheduler decides
+    timeout: float | None = None, # [s] an item may take; needs workers != 0, on this machine
 ) -> Any: # list of values in the order of items; with errors="collect" the pair (values, failures)
     "Apply `f` to every item, in order, surviving errors, killed processes and hangs of single items"
     items = list(items)
@@ -290,6 +290,8 @@ def pmap(
     if ledger is not None and len(set(names)) < len(names): raise DataError("pmap: keys must be unique to be resumed")
     if workers < -1: raise ConfigError(f"workers: must be -1, 0 or a number of processes, got {workers}")
     if timeout is not None and workers == 0: raise ConfigError("timeout: needs workers >= 1, to have a process to end")
+    if timeout is not None and _is_elsewhere()[0]:
+        raise ConfigError("timeout: only processes of this machine can be ended, not those of a cluster. Leave it out")
     values: list[Any] = [None]*len(items)
     failures: list[Failure] = []
     todo = list(range(len(items)))
@@ -514,8 +516,8 @@ assert first == ["a", "b"] and calls[:5] == list("abcde") and again == ["b"] and
 # ## The same job on a cluster
 # Nothing changes in the call. Inside `on_cluster` (or `joblib.parallel_config(backend="dask")` with an own client) the
 # items go to the workers of a Dask cluster. A lost worker's items are computed again by the others. Relative paths are
-# those of the caller; workers need one thread each, since the current folder belongs to a whole process. This is what
-# every command's `--dask ADDRESS` does.
+# those of the caller; workers need one thread each, since the current folder belongs to a whole process. Time limits
+# are refused there, since nobody could end the item. This is what every command's `--dask ADDRESS` does.
 
 # %%
 #| export

@@ -5,9 +5,9 @@
 #
 # A volume of a terabyte does not fit in memory and does not have to. Chunked formats keep it as many small compressed
 # blocks. The functions here return a `Volume` whose data is the store itself: slicing reads only the blocks that are
-# touched. They also cure two weaknesses. By default neither format notices a flipped bit, so what we write carries
-# checksums. And neither says where the volume is in the world, so we write the affine, and read what others wrote:
-# OME-NGFF scales and translations, and the usual voxel size attributes.
+# touched. They also cure two weaknesses. By default neither zarr nor HDF5 notices a flipped bit, so what we write
+# carries checksums. And neither says where the volume is in the world, so we write the affine, and read what others
+# wrote: OME-NGFF scales and translations, names of dimensions, and the usual voxel size attributes.
 #
 # Formats: [Zarr v2 and v3](https://zarr-specs.readthedocs.io), [OME-NGFF 0.4 and 0.5](https://ngff.openmicroscopy.org),
 # [HDF5](https://docs.h5py.org), [NPY](https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
@@ -82,7 +82,8 @@ with raises(DataError, match="TiB .* is more than the budget"): check_budget((10
 # %% [markdown]
 # ## Where is it, how large is a voxel
 # Attributes are words from outside. Our own are checked as strictly as a header; the known ones of other tools are read
-# with their units, and a name that says nothing about units is not guessed at.
+# with their units, and a name that says nothing about units is not guessed at. Where nothing names the axes with single
+# letters, they are taken for `zyx`, with channels in front of a fourth.
 
 # %%
 #| export
@@ -228,10 +229,12 @@ def _zarr_volume(node: Any, store: Path, name: str, level: int, where: str) -> V
     elif name and "/" not in name:
         parent = zarr.open(str(store), mode="r")
         attrs = {**dict(parent.attrs), **attrs}
+    if level: raise DataError(f"{where}: level {level} was asked for, but it is one array and no pyramid")
     array = _check_array(node, where)
     if array.ndim not in (3, 4):
         raise DataError(f"{where}: {array.ndim} dimensions, a volume has 3, or 4 with channels")
-    axes, affine, notes = _place(attrs, array.ndim, where)
+    dims = getattr(array.metadata, "dimension_names", None) # of version 3; version 2 has them in the attributes
+    axes, affine, notes = _place({**({"_ARRAY_DIMENSIONS": list(dims)} if dims else {}), **attrs}, array.ndim, where)
     return Volume(array, affine, axes, MappingProxyType({"path": where, "notes": tuple(notes), "levels": 1}))
 
 def _check_array(array: Any, where: str) -> Any:
@@ -308,7 +311,7 @@ def _chunks_for(shape: Sequence[int], chunks: int | Sequence[int], shards: Seque
     return (1,)*(len(shape) - 3) + tuple(int(min(c, n)) for c, n in zip(wanted, most))
 
 def packers_for(
-    compressor: Mapping[str, Any], # {"name": "zstd", "level": 3}; names: zstd, gzip, blosc, none; blosc takes more
+    compressor: Mapping[str, Any], # {"name": "zstd", "level": 1}; names: zstd, gzip, blosc, none; blosc takes more
     version: int, # of the zarr format, 2 or 3
 ) -> tuple: # codecs for `zarr.Group.create_array`
     "Compression with a checksum behind it"

@@ -227,7 +227,7 @@ def _checked(vol: Any, nonfinite: str) -> np.ndarray:
         raise DataError(f"intensity: a NumPy array is needed, got {type(vol).__module__}.{type(vol).__name__}")
     vol = np.asarray(vol)
     if vol.dtype.kind not in "buif": raise DataError(f"intensity: real numbers are needed, got dtype {vol.dtype}")
-    if vol.dtype.kind != "f": return vol.astype(np.uint8) if vol.dtype == bool else vol
+    if vol.dtype.kind != "f": return vol.astype(np.float32) if vol.dtype == bool else vol
     bad = ~np.isfinite(vol)
     if vol.dtype.itemsize > 4: bad |= np.abs(vol) > np.finfo(np.float32).max
     if not bad.any(): return vol
@@ -328,7 +328,7 @@ _ALIASES = {"none": "identity", "robust": "percentile:1,99", "ct_normalization":
 # A spec is a kind, a colon, and the kind's numbers: `ct:-1000,1000`, `window:40,400`, `percentile:0.5,99.5`. Kinds that
 # map to [0, 1] take two more numbers for another range, `ct:-1024,3071,-50,205`. The words `nonzero` and
 # `nonfinite=zero` may follow. A few names from elsewhere are understood: `none`, `robust`, `ct_normalization`,
-# `zscore_patch`.
+# `zscore_patch`, `nonzero`.
 
 # %%
 #| export

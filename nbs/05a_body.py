@@ -21,7 +21,7 @@ import edt
 import numpy as np
 from scipy import ndimage
 
-from medvol_nb.core import DataError
+from medvol_nb.core import ConfigError, DataError
 from medvol_nb.geometry import Volume
 
 # %%
@@ -116,6 +116,8 @@ def body_mask(
 ) -> Body: # mask on the grid of `vol`; everything if there is no contrast
     "Find the body: tissue and the cavities inside it"
     if vol.channels is not None: raise DataError(f"body mask: one 3-D scan is needed, got shape {vol.data.shape}")
+    if modality not in ("auto", "ct", "other"):
+        raise ConfigError(f"modality: must be 'auto', 'ct' or 'other', got {modality!r}")
     img = np.asarray(vol.data)
     kind = modality_of(img) if modality == "auto" else modality
     if img.size == 0 or img.min() == img.max(): return Body(np.ones(img.shape, bool), kind, -math.inf)
@@ -147,7 +149,7 @@ def _grown(body: np.ndarray, steps: Sequence[int], img: np.ndarray, level: float
     return _largest(sure[picks] | (maybe[picks] & (img > level)))
 
 # %% [markdown]
-# The phantom's body is found although its lungs are as dark as the room; the mask ends where the tissue does.
+# A trunk without lungs is the easy case: the mask ends where the tissue does.
 
 # %%
 scan = Volume(ct.img, affine_from(ct.spacing))
@@ -169,7 +171,7 @@ flipped = replace(scan, data=scan.data[::-1, :, ::-1])
 assert np.mean(body_mask(flipped).mask[::-1, :, ::-1] != body.mask) < 0.01
 
 # %% [markdown]
-# A neck of air between lung and room, as the nose makes one, is cut.
+# A dark cavity inside is body, too, and a neck of air between it and the room, as the nose makes one, is cut.
 
 # %%
 room = np.full((40, 40, 40), -1000.0)

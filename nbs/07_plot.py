@@ -337,7 +337,7 @@ planes(brain.img, brain.lbl, brain.spacing, title="T1-like head with csf, grey a
 
 # %% [markdown]
 # The capsule on the patient's left temple appears on the right, where the letter says L; neurologically it appears on
-# the left. Slices three times as thick as wide keep the head's shape.
+# the left. A trunk keeps its shape although its slices are six times as thick as its voxels are wide.
 
 # %%
 capsule = np.unravel_index(brain.img.argmax(), brain.img.shape)

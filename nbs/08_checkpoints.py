@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Devices, seeds and checkpoints
 #
-# > Where to compute, how to draw, and how to store a training run so that it can neither be torn nor run foreign code.
+# > Where to compute, how to draw random numbers, and how to store a run so that it is never torn and runs no code.
 #
 # A PyTorch checkpoint is usually a pickle: loading one can run any program its author liked. And it is usually
 # written in place, so that the night in which the disk fills up also destroys the last good state. Checkpoints here
@@ -97,7 +97,7 @@ with raises(ConfigError, match="is not a device"): device_for("gpu")
 with raises(ConfigError, match="fp16 needs a GPU"): autocast_for(torch.device("cpu"), "fp16")
 
 # %% [markdown]
-# ## How to draw
+# ## How to draw random numbers
 # `torch_rng_for` is the torch twin of `rng_for`: a generator named by seed and keys. Layers such as dropout, and the
 # initialisation of weights, use the global generator of torch. `seeded` gives them a named stream for the length of a
 # block and then puts the global state back.

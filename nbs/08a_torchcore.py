@@ -242,7 +242,7 @@ class Ema:
         "Move the average towards the model"
         self.updates += 1
         decay = min(self.decay, (1 + self.updates)/(10 + self.updates))
-        moving = {k for k, _ in model.named_parameters()}
+        moving = {k for k, _ in model.named_parameters(remove_duplicate=False)} # shared ones by each of their names
         state = model.state_dict()
         names = [k for k in state if k in moving and state[k].is_floating_point()]
         torch._foreach_lerp_([self.shadow[k] for k in names], [state[k].detach() for k in names], 1 - decay)
@@ -336,7 +336,9 @@ class CsvLog:
 # hide it.
 #
 # Ctrl-C and the SIGTERM of a cluster queue let the step finish, write a checkpoint and end the run; the second one ends
-# it at once. In the middle of a step nothing is ever saved, so a resumed run is exact in both cases.
+# it at once. Under `torchrun` the first one does: processes that stop after different steps would wait for each other.
+# The run then goes on from its last checkpoint. In the middle of a step nothing is ever saved, so a resumed run is
+# exact in all cases.
 
 # %%
 #| export

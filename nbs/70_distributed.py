@@ -5,10 +5,10 @@
 #
 # Every command that goes through many items takes `--dask ADDRESS`: its [map](02_parallel.ipynb) then runs on the
 # workers of a cluster. Trainings are started with `torchrun`. The manual's page *On a cluster* says how; this page
-# answers the question before that one: is it worth it? Hundred workers are never hundred times as fast, and the reasons
-# can be measured on a machine with two cores. Some part of a job is done by one process alone (Amdahl 1967). The caller
-# and the scheduler hand out tasks one by one. All workers read from the same disks. In a training all workers wait
-# until the gradients of all have been added up.
+# answers the question before that one: is it worth it? A hundred workers are never a hundred times as fast, and the
+# reasons can be measured on a machine with two cores. Some part of a job is done by one process alone (Amdahl 1967).
+# The caller and the scheduler hand out tasks one by one. All workers read from the same disks. In a training all
+# workers wait until the gradients of all have been added up.
 
 # %%
 #| default_exp distributed
@@ -84,7 +84,7 @@ scans = Scaling(items=10_000, item=12.0, serial=20.0, task=0.002, stored=10_000*
 {n: (round(predict_seconds(scans, n)), limit_of(scans, n)) for n in (1, 10, 100, 1000, 10_000)}
 
 # %% [markdown]
-# Ten thousand scans of 12 s and 60 MB: a day and a half for one worker. Hundred workers need 20 minutes; beyond 200 the
+# Ten thousand scans of 12 s and 60 MB: a day and a half for one worker. A hundred need 20 minutes; beyond 200 the
 # storage is at its limit, and more workers only wait.
 
 # %%
@@ -148,8 +148,8 @@ with raises(DataError, match="bound by tasks"): fit_scaling([1, 2], [1.0, 0.6], 
 
 # %% [markdown]
 # Two runs carry far, and their errors do as well. With many items $s = 2\,T(2) - T(1)$: one per cent of error in $T(2)$
-# is two per cent of $T(1)$ in $s$, and $s$ is all that is left at hundred workers. So a prediction from such runs is a
-# range, not a number. What narrows it is a longer run, or a third one with more workers.
+# is one per cent of $T(1)$ in $s$, which is as much as all items take with a hundred workers. So a prediction from such
+# runs is a range, not a number. What narrows it is a longer run, or a third one with more workers.
 
 # %%
 few = Scaling(items=1000, item=1.0, serial=10.0)
@@ -203,7 +203,7 @@ for n in (1, 2):
 {"a task [ms]": round(1e3*task, 2), "seconds": {n: round(t, 3) for n, t in measured.items()}}
 
 # %% [markdown]
-# An item that takes a second hides a few milliseconds of scheduling up to some hundred workers. Items of ten ms
+# An item that takes a second hides a few milliseconds of scheduling up to a few hundred workers. Items of ten ms
 # should be put together before they are sent; [the patch finder](52_zarrnet_finder.ipynb) sends eight blocks in one.
 # Here the curve for 1000 items bends where the scheduler cannot hand out more.
 
@@ -280,9 +280,9 @@ def step_seconds(
     return compute + allreduce_seconds(payload, workers, bandwidth, latency)
 
 # %% [markdown]
-# A U-Net with 30 million parameters has gradients of 120 MB. If a step takes half a second to compute, hundred workers
-# in a ten-gigabit network do the work of 72, with a step that is 0.2 s longer. The term with the bandwidth hardly grows
-# after the first few workers; the one with the number of messages does.
+# A U-Net with 30 million parameters has gradients of 120 MB. If a step takes half a second to compute, a hundred
+# workers in a ten-gigabit network do the work of 72, with a step that is 0.2 s longer. The term with the bandwidth
+# hardly grows after the first few workers; the one with the number of messages does.
 
 # %%
 n = np.unique(np.geomspace(1, 1000, 60).astype(int))
@@ -303,4 +303,4 @@ round(100*0.5/step_seconds(0.5, 120e6, 100, 1.25e9, 3e-5), 1)
 # * Items should take a second or more each, and be many more than workers: the last ones are waited for.
 # * Load a model in the worker, never send it with each item; let workers read from the storage, not through the caller.
 # * Past the storage's bandwidth more workers are waste. Copy to local disks, or store less: chunks, uint8, compression.
-# * *On a cluster* has what the commands measured, and what that predicts for hundred workers.
+# * *On a cluster* has what the commands measured, and what that predicts for a hundred workers.

@@ -102,6 +102,7 @@ def test_transposed_conv_of_odd_kernel():
     (lambda: ResidualBlock(4, 4, norm="none", zero_init=True), "learned scale"),
     (lambda: BottleneckBlock(4, 6), "expansion"), (lambda: BottleneckBlock(4, 8, kernel=(3, 2, 3)), "odd"),
     (lambda: upsample("trilinear", 3, 1, 1), "up: must be one of"), (lambda: UpBlock(4, 4, 4, join="add"), "join"),
+    (lambda: UpBlock(4, 4, 4, kernel=2), "odd"), (lambda: FPN([4, 4], 4, kernel=(3, 3, 4)), "odd"),
     (lambda: UpBlock(4, 4, 4, fit="crop"), "fit"), (lambda: UpBlock(4, 4, 4, n_convs=0), "n_convs"),
     (lambda: FPN([], 4), "at least one"), (lambda: FPN([4], 4, outputs=[]), "outputs"),
     (lambda: FPN([4, 4], 4, outputs=[1]), "outputs"), (lambda: FPN([4, 4], 4, outputs=[0, 2]), "outputs"),

@@ -9,7 +9,7 @@ from scipy.ndimage import binary_fill_holes
 
 from medvol_nb import phantoms
 from medvol_nb.body import body_mask, modality_of
-from medvol_nb.core import DataError, rng_for
+from medvol_nb.core import ConfigError, DataError, rng_for
 from medvol_nb.geometry import Volume, affine_from, reorient
 from medvol_nb.volume import read_volume
 
@@ -131,6 +131,12 @@ def test_no_body_is_an_error():
         body_mask(volume(air))
     with pytest.raises(DataError, match=r"one 3-D scan is needed, got shape \(2, 4, 4, 4\)"):
         body_mask(Volume(np.zeros((2, 4, 4, 4)), affine_from(1), "cxyz"))
+
+
+def test_a_modality_that_is_none_is_an_error(ct):
+    "CT in capitals was taken for 'other'"
+    with pytest.raises(ConfigError, match="'auto', 'ct' or 'other', got 'CT'"):
+        body_mask(volume(ct.img, ct.spacing), "CT")
 
 
 def test_the_scan_is_not_changed(ct):

@@ -286,6 +286,8 @@ def test_dump(tmp_path):
     assert json.loads(dump_config(cfg))["optimizer"] == {"name": "adamw", "lr": 0.001, "weight_decay": 0.0}
     dump_config(cfg, tmp_path/"a.yaml")
     with pytest.raises(OutputExists): dump_config(cfg, tmp_path/"a.yaml")
+    with pytest.raises(ConfigError, match="settings files end in"): dump_config(cfg, tmp_path/"a.toml")
+    assert not (tmp_path/"a.toml").exists()
     assert list(yaml.safe_load((tmp_path/"a.yaml").read_text())) == list(Task.model_fields)
 
 

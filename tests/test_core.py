@@ -371,6 +371,48 @@ def test_atomic_kill(tmp_path, folder, moment):
     assert names(tmp_path) == ["other", "x"], "the next writer sweeps what the killed one left"
 
 
+TWO_STEPS = """
+import os, signal, sys
+from medvol_nb import core
+calls, rename = [], os.rename
+core._exchange = lambda a, b: False
+def second_dies(*a):
+    calls.append(a)
+    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    rename(*a)
+os.rename = second_dies
+with core.atomic(sys.argv[1], folder=True) as t: (t/"part").write_text("new")
+"""
+
+
+def test_a_kill_between_the_two_steps_keeps_the_old_folder(tmp_path):
+    "Where folders cannot be exchanged; the next writer used to sweep the old one and the new one"
+    (tmp_path/"x").mkdir()
+    (tmp_path/"x"/"part").write_text("old")
+    assert python(TWO_STEPS, tmp_path/"x").returncode == -signal.SIGKILL and not (tmp_path/"x").exists()
+    with atomic(tmp_path/"other") as t: t.write_text("")
+    assert names(tmp_path) == ["other", "x"] and (tmp_path/"x"/"part").read_text() == "old"
+
+
+def test_a_second_step_that_fails_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "_exchange", lambda a, b: False)
+    with atomic(tmp_path/"x", folder=True) as t: (t/"part").write_text("old")
+    calls, rename = [], os.rename
+    def second_fails(*a):
+        calls.append(a)
+        if len(calls) == 2: raise OSError(116, "Stale file handle")
+        rename(*a)
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Stale"), atomic(tmp_path/"x", folder=True) as t: (t/"part").write_text("new")
+    assert names(tmp_path) == ["x"] and (tmp_path/"x"/"part").read_text() == "old"
+
+
+def test_a_folder_that_stepped_aside_is_swept_once_its_successor_is_there(tmp_path):
+    old = tmp_path/f".mvold-{core._host()}-999999999-1-x"
+    for d in (old, tmp_path/"x"): d.mkdir(); (d/"part").write_text(d.name)
+    assert sweep_temporary(tmp_path) == [old.name] and (tmp_path/"x"/"part").read_text() == "x"
+
+
 FULL = """
 import resource, signal, sys
 from medvol_nb.core import DiskFull, atomic

@@ -67,7 +67,7 @@ def test_known_answers(spec, value, expected):
     np.testing.assert_allclose(Normalizer.parse(spec)(np.array(value, np.float32)), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype, top", [("u1", 255), ("u2", 65535), ("i2", 32767)])
+@pytest.mark.parametrize("dtype, top", [("u1", 255), ("u2", 65535), ("i2", 32767), ("?", 1)])
 def test_scale_divides_by_the_dtype_maximum(dtype, top):
     assert Normalizer.parse("scale")(np.array([top, 0], dtype)).tolist() == [1, 0]
 

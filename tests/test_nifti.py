@@ -155,13 +155,13 @@ def test_q_and_s_form_that_disagree_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("unit, factor, noted", [("meter", 1000, False), ("mm", 1, False), ("micron", .001, False),
-                                                 ("unknown", 1, True)])
+                                                 ("unknown", 1, True), ("reserved", 1, True)])
 @pytest.mark.parametrize("form", ["sform", "qform", "none"])
 def test_length_units_become_millimetres(tmp_path, unit, factor, noted, form):
     codes = {"sform": (0, 1), "qform": (1, 0), "none": (0, 0)}[form]
     path = save(tmp_path/"a.nii", voxels((4, 5, 6), "i2"), codes=codes)
     raw = bytearray(path.read_bytes())
-    raw[123] = {"meter": 1, "mm": 2, "micron": 3, "unknown": 0}[unit] + 8
+    raw[123] = {"meter": 1, "mm": 2, "micron": 3, "unknown": 0, "reserved": 5}[unit] + 8
     path.write_bytes(raw)
     ours = read_nifti(tmp_path/"a.nii")
     assert_allclose(ours.affine[:3], nib.load(tmp_path/"a.nii").affine[:3]*factor, atol=1e-4*factor)

@@ -261,6 +261,12 @@ def test_on_a_dask_cluster(tmp_path):
     assert failures == [[1, "killed"], [3, "error"]]
 
 
+def test_a_time_limit_that_nobody_keeps_is_refused():
+    import joblib
+    with joblib.parallel_config(backend="multiprocessing"):
+        with pytest.raises(ConfigError, match="not those of a cluster"): pmap(str, range(3), workers=2, timeout=9)
+
+
 def test_no_cluster_at_the_address():
     pytest.importorskip("distributed")
     with pytest.raises(MissingFile, match="no scheduler answers at nonsense"), on_cluster("nonsense://x"): pass

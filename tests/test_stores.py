@@ -249,6 +249,25 @@ def test_axes_are_read_where_they_are_said(tmp_path, attrs, axes):
     assert_allclose(vol.spacing, (3, 2, 1))
 
 
+@pytest.mark.parametrize("dims, attrs, axes", [
+    (["x", "y", "z"], {}, "xyz"), (["z", "y", "x"], {"axes": "xyz"}, "xyz"), ([None, "y", "x"], {}, "zyx"),
+    (["depth", "row", "col"], {}, "zyx")])
+def test_names_of_dimensions_are_read(tmp_path, dims, attrs, axes):
+    "Version 3 of zarr keeps them beside the attributes; our own `axes` count more"
+    group = zarr.create_group(str(tmp_path/"a.zarr"))
+    group.create_array("raw", shape=(4, 5, 6), dtype="u1", dimension_names=dims,
+                       attributes=attrs | {"spacing_mm": [3, 2, 1]})
+    vol = open_zarr(tmp_path/"a.zarr")
+    assert vol.axes == axes
+    assert_allclose(vol.spacing, (3, 2, 1))
+
+
+def test_a_level_of_one_array_is_refused(tmp_path):
+    path = foreign(tmp_path/"a.zarr", voxels())
+    assert open_zarr(path, level=0).shape == voxels().shape
+    with pytest.raises(DataError, match="level 1 was asked for, but it is one array"): open_zarr(path, level=1)
+
+
 @pytest.mark.parametrize("axes", ["abc", "tyx", "xxz", ["t", "y", "x"], "xyc"])
 def test_axes_that_are_no_space_are_refused(tmp_path, axes):
     for attrs in ({"axes": axes}, {"axes": axes, "spacing_mm": [1, 1, 1]}):

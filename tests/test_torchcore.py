@@ -186,6 +186,18 @@ def test_ema_is_the_written_formula():
     assert torch.equal(ema.shadow["2.running_mean"], net[2].running_mean) # statistics are copied, not averaged
 
 
+def test_ema_of_shared_weights():
+    "A tensor with two names is averaged under both: loading the second used to put the last weights back"
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    net[1].weight = net[0].weight
+    ema = Ema(net, 0.9)
+    with torch.no_grad(): net[0].weight += 10
+    ema.update(net)
+    decay = 2/11
+    expected = net[0].weight.detach() - decay*10
+    with ema.swapped(net): assert torch.allclose(net[0].weight, expected, atol=1e-5)
+
+
 def test_ema_swap_is_undone_even_after_an_error():
     net = network("norm")
     ema = Ema(net, 0.5)

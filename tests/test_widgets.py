@@ -248,6 +248,15 @@ def test_layers_come_to_the_image(vol, lbl):
         layer(lbl, image, "label")
 
 
+def test_a_score_in_bytes_on_another_grid_keeps_its_strength(vol):
+    "Its number type says what is full; as float32 each score above 1 would be full"
+    score = Volume(np.full(SHAPE, 51, np.uint8), vol.affine)
+    for source in (score, resample(score, 5.0, order=0)):
+        found = layer(source, Planes(vol), "heat")
+        _, weight = found.paint(found.planes.plane("axial", SHAPE[2] // 2))
+        assert np.isclose(weight[weight.shape[0] // 2, weight.shape[1] // 2], 0.2) and weight.max() < 0.21
+
+
 @pytest.mark.parametrize(
     "bad", [np.zeros((3, 3)), np.zeros((3, 0, 3)), np.zeros((2, 2, 2), complex), np.full((2, 2, 2), "a")]
 )
