@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 
 from .config import Config, check_config, parse_settings
-from .core import (ConfigError, DataError, FormatError, OnExists, _read_text, fingerprint, inside, read_csv,
-                            read_json)
+from .core import (ConfigError, DataError, FormatError, OnExists, OutputExists, _read_text, check_output,
+                            fingerprint, inside, read_csv, read_json)
 from .datalists import DataList, dataset_name_of, with_provenance, write_datalist
 from .pairing import (Ambiguous, Excluded, Legacy, Missing, Override, Pair, Recipe, Rule, # noqa: F401
                                ScanResult, _as_legacy, _scan, _Tree, find_cases)
@@ -256,6 +256,14 @@ def _listed(found: ScanResult) -> dict[str, list]:
             "missing_labels": [_first(p.image) for p in found.missing_labels],
             "ambiguous": [a._asdict() for a in found.ambiguous], "excluded": [e._asdict() for e in found.excluded]}
 
+def _check_place(out: str | os.PathLike, on_exists: OnExists) -> None:
+    "Refuse a place that cannot be written before any work is done"
+    path = Path(out)
+    if path.is_dir(): return
+    if path.suffix != ".json" and path.exists():
+        raise OutputExists(f"output {out} is a file. Name a folder, or a file that ends in .json")
+    check_output(path, on_exists)
+
 def _place(out: str | os.PathLike, name: str | None, own_name: str, n_folds: int) -> tuple[str, Path]:
     "Name of the data set and file of its list"
     path = Path(out)
@@ -267,7 +275,7 @@ def _place(out: str | os.PathLike, name: str | None, own_name: str, n_folds: int
 # %% ../nbs/12_recipes.ipynb #make_datalists
 def make_datalists(
     root: str | os.PathLike, # folder of the data set, or a table
-    out: str | os.PathLike, # folder for the list, or the .json file itself
+    out: str | os.PathLike, # folder for the list, made if absent, or the .json file itself
     *,
     recipe: str = "auto", # name or file of a recipe; "auto": find out
     name: str | None = None, # name of the data set; default: from the recipe, for layouts from the folder
@@ -278,13 +286,14 @@ def make_datalists(
     group: str | None = None, # regular expression for the patient in the image's path; default: from the recipe
     keep_unlabelled: bool = False, # add images without a label, without a fold
     legacy: bool = False, # make the reference's list: no grouping, and its class names
-    workers: int = 0, # processes that read labels, for method "stratified"
+    workers: int = 0, # processes that read labels, for method "stratified"; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers read labels instead
     on_exists: OnExists = "error", # what to do when the list is there already
     dry_run: bool = False, # tell what would be written and what would change, write nothing
 ) -> dict: # path, counts, folds, what is missing, ambiguous or excluded, notes, diff, provenance
     "Make the data list of a data set: find its cases, divide them into test set and folds, write"
     if legacy and (method != "legacy" or group): raise ConfigError("legacy: needs method='legacy' and no group")
+    if not dry_run: _check_place(out, on_exists)
     used, why = detect_recipe(root) if recipe == "auto" else (load_recipe(recipe), "it was asked for")
     used = _as_legacy(used) if legacy else used
     found, folder = scan(used, root, legacy=legacy), Path(root).parent if Path(root).is_file() else Path(root)
@@ -302,6 +311,7 @@ def make_datalists(
     dl = with_provenance(DataList(name, tuple(training), tuple(testing), names, original), recipe=used.name,
                          recipe_fingerprint=fingerprint(used), legacy=legacy, **numbers, n_groups=n_groups,
                          scan=found.counts())
+    if not dry_run: path.parent.mkdir(exist_ok=True)
     diff = write_datalist(dl, path, on_exists, dry_run=dry_run)
     counts = {**found.counts(), "training": len(training), "testing": len(testing), "groups": n_groups}
     return {"name": name, "recipe": used.name, "why": why, "path": diff.pop("path"), "written": diff.pop("written"),

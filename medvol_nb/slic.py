@@ -453,8 +453,9 @@ def slic3d(
     planes = _Planes(features, stride, flips, device_for(device))
     n_voxels = math.prod(planes.shape) if mask is None else int(np.count_nonzero(coarse))
     if n_voxels <= n_segments and max(stride) > 1: # the working grid is too coarse for the request
-        return slic3d(features, n_segments, compactness=compactness, spacing=spacing,
-                      mask=None if mask is None else mask[back], n_components=n_components, device=device)
+        return slic3d(features, n_segments, compactness=compactness, spacing=spacing, max_iter=max_iter, tol=tol,
+                      over_seed=over_seed, min_size_factor=min_size_factor, max_size_factor=max_size_factor,
+                      merge=merge, mask=None if mask is None else mask[back], n_components=n_components, device=device)
     if n_voxels <= n_segments:
         for i in range(planes.shape[0]): planes.row(i) # complains about numbers that are not finite
         return _each_voxel(np.ones(shape, bool) if mask is None else np.ascontiguousarray(mask[back]))

@@ -7,7 +7,6 @@ __all__ = ['Report', 'roots_for', 'verify']
 
 # %% ../nbs/13a_verify.ipynb #imports
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from .checks import Finding, Level, check_pairs
 from .core import ConfigError, DataError, FormatError, MedvolError, OnExists, write_csv, write_json
 from .datalists import DataList, item_path, read_datalist
 from .labels import LabelSpace
+from .splits import group_keys
 from .volume import format_of, locate_crop, read_header, read_volume, to_world
 
 # %% ../nbs/13a_verify.ipynb #_Task
@@ -35,19 +35,19 @@ class _Task:
     fold: Any # of the item; 'test' in the test section
     subject: str | None
 
-def _subject(item: Mapping, pattern: str | None, where: str) -> str | None:
-    if "subject" in item: return str(item["subject"])
-    if pattern is None: return None
-    name = item["image"] if isinstance(item["image"], str) else item["image"][0]
-    if not (m := re.search(pattern, name)):
-        raise DataError(f"subject pattern {pattern!r} finds nothing in {name!r} ({where})")
-    return m[1] if m.groups() else m[0]
+def _subjects(dl: DataList, pattern: str | None) -> list[str | None]:
+    "Person of each item, training before testing; None where neither a field nor the pattern tells"
+    items = dl.items()
+    bare = [i for i in items if "subject" not in i]
+    try: found = iter([None]*len(bare) if pattern is None else group_keys(bare, pattern))
+    except (ConfigError, DataError) as e: raise type(e)(f"subject, data set {dl.name!r}: {e}") from None
+    return [str(i["subject"]) if "subject" in i else next(found) for i in items]
 
 def _tasks(dl: DataList, root: Path, subject: str | None, found: list[Finding]) -> list[_Task]:
     "Pairs of a list, with a finding for each name that may not be used"
-    out = []
+    out, people = [], iter(_subjects(dl, subject))
     for section, items in (("training", dl.training), ("testing", dl.testing)):
-        for n, item in enumerate(items):
+        for n, (item, person) in enumerate(zip(items, people)):
             where, paths = f"{section}/{n}", {}
             for key in ("image", "label", "pseudo_label", "label_sv"):
                 names = item.get(key)
@@ -56,7 +56,6 @@ def _tasks(dl: DataList, root: Path, subject: str | None, found: list[Finding]) 
                     except DataError as e: found.append(Finding("E106", dl.name, where, str(name), str(e)))
             if ("image", 0) not in paths: continue
             image, fold = paths["image", 0], "test" if section == "testing" else item.get("fold")
-            person = _subject(item, subject, f"{dl.name}, {where}")
             seconds = [(key, *paths[key, 0]) for key in ("label", "pseudo_label", "label_sv") if (key, 0) in paths]
             for key, path, name in seconds or [("label", None, "")]:
                 out.append(_Task(dl.name, where, key, image[0], path, (image[1], name), fold, person))
@@ -182,7 +181,7 @@ def verify(
     root: str | os.PathLike | None = None, # folder of the data, or with a subfolder per dataset; default: the lists'
     level: Level = "header", # 'exists': files are there, 'header': sizes and grids, 'full': every voxel
     fail_on: Literal["error", "warning", "never"] = "error", # what makes the report not ok
-    subject: str | None = None, # pattern on image names whose first group is the person, such as '(sub-[0-9]+)'
+    subject: str | None = None, # pattern on image names whose group is the person, such as '(sub-[0-9]+)'
     space: str | os.PathLike | None = None, # label_space.json to check as well
     workers: int = 0, # processes; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same files

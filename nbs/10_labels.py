@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from medvol_nb.colours import TABLE_IDS, colour_table
-from medvol_nb.core import (ConfigError, DataError, FormatError, OnExists, check_output, read_json, to_json, write_json,
-                            write_text)
+from medvol_nb.core import (ConfigError, DataError, FormatError, OnExists, check_output, log, read_json, to_json,
+                            write_json, write_text)
 
 if TYPE_CHECKING: import torch
 
@@ -396,7 +396,7 @@ class LabelSpace:
         dtype: "np.typing.DTypeLike" = np.int16, # integer type of the result
         unmapped: Literal["ignore", "zero", "error", "keep"] = "ignore", # fate of values without a global class
         ignore: int = 255, # value for unmapped="ignore"
-    ) -> np.ndarray: # (n,) look-up table for `relabel`; table[local id] is the global id
+    ) -> np.ndarray: # (n + 2,) look-up table for `relabel`; table[local id] is the global id, see `make_lut`
         "Look-up table from the local ids of a data set to global ids"
         if unmapped == "ignore" and ignore in self._active:
             raise ConfigError(f"lut: ignore id {ignore} is the class {self._active[ignore].name!r}, choose another one")
@@ -937,7 +937,8 @@ with raises(KeyError, match="has no 'dataset_name'"): chosen({"label": values})
 # The command `medvol datalists labels` reads the `label_dict` of each list, extends a base, and writes the two files of
 # the reference and our own. What was there stays as it was; run it again with its own result as base when a data set is
 # added. Beside them lie names and colours for 3D Slicer (`labels.ctbl`) and ITK-SNAP (`labels.label`), for looking at
-# volumes in global ids.
+# volumes in global ids. A table whose program cannot hold a name, such as one with a quotation mark in ITK-SNAP, is
+# left out with a warning; the label space is written all the same.
 
 # %%
 #| export
@@ -945,11 +946,18 @@ def _base(base: str | os.PathLike) -> LabelSpace:
     if base == "shipped": return LabelSpace.shipped()
     return LabelSpace() if base == "empty" else LabelSpace.load(base)
 
-def _tables(space: LabelSpace) -> dict[str, str]:
-    "Colour tables of the classes, for the programs that read such ids"
-    names, ends = {i: n for n, i in space.to_label_dict().items()}, {"slicer": "ctbl", "itksnap": "label"}
-    return {f"labels.{ends[k]}": colour_table(names, k, where=f"labels.{ends[k]}") for k, most in TABLE_IDS.items()
-            if max(names, default=0) <= most}
+_TABLES = {"labels.ctbl": "slicer", "labels.label": "itksnap"} # file -> program that reads it
+
+def _tables(space: LabelSpace) -> tuple[dict[str, str], dict[str, str]]:
+    "Colour tables of the classes, and why those are left out that cannot hold them"
+    names = {i: n for n, i in space.to_label_dict().items()}
+    made, why = {}, {}
+    for file, program in _TABLES.items():
+        try: made[file] = colour_table(names, program, where=file)
+        except DataError as e:
+            why[file] = f"{e}. {file} is left out; to have it, rename these classes in their data lists or in the base"
+            if max(names) > TABLE_IDS[program]: why[file] = f"{e}. {file} is left out"
+    return made, why
 
 def build_label_space(
     datalists: Sequence[str | os.PathLike], # data lists, '<name>_5_folds.json'
@@ -959,7 +967,7 @@ def build_label_space(
     unknown: Literal["add", "unmapped", "error"] = "add", # what becomes of names that no class has
     on_exists: OnExists = "error", # what to do when the files are there already
     dry_run: bool = False, # tell what would be written, write nothing
-) -> dict: # 'written' files, number of 'classes', 'added' classes, 'problems' as [code, text]
+) -> dict: # 'written' files, tables 'left_out' and why, number of 'classes', 'added' classes, 'problems' [code, text]
     "Make one label space for many data lists"
     start = space = _base(base)
     for path in datalists:
@@ -968,18 +976,22 @@ def build_label_space(
         if labels is None: raise FormatError(f"{path}: no 'label_dict' in it. Is this a data list with labels?")
         if wrong := label_dict_problems(labels, "/label_dict"): raise FormatError(f"{path}: {'; '.join(wrong[:20])}")
         space = space.extended(dataset_name_of(path), labels, unknown)
+    tables, left_out = _tables(space)
     files = {"label_dict.json": to_json(space.to_label_dict(), 4) + "\n",
              "label_mappings.json": to_json(space.to_label_mappings(), None) + "\n",
-             "label_space.json": _space_text(space), **_tables(space)}
+             "label_space.json": _space_text(space), **tables}
+    for why in left_out.values(): log.warning("%s", why)
     known = {c.id for c in start.classes}
-    report = {"out": str(out), "written": [], "classes": len(space.to_label_dict()), "datasets": len(space.mappings),
-              "added": {c.name: c.id for c in space.classes if c.id not in known},
+    report = {"out": str(out), "written": [], "left_out": left_out, "classes": len(space.to_label_dict()),
+              "datasets": len(space.mappings), "added": {c.name: c.id for c in space.classes if c.id not in known},
               "problems": [list(p) for p in space.problems(map(dataset_name_of, datalists))]}
     if dry_run: return report
     if not Path(out).is_dir():
         check_output(out, on_exists)
         Path(out).mkdir()
     todo = [n for n in files if check_output(Path(out)/n, on_exists)]
+    if on_exists == "overwrite": # a table of the space that was here before may name other classes
+        for n in left_out: (Path(out)/n).unlink(missing_ok=True)
     for n in todo: write_text(Path(out)/n, files[n], on_exists)
     return report | {"written": todo}
 
@@ -994,7 +1006,7 @@ report["written"], report["added"], [p for p in report["problems"] if "Pediatric
 
 # %%
 assert built.mapping("Pediatric")[15] == 9 and built.resolve("bones") == built.mapping("Pediatric")[29]
-assert again["added"] == {} and again["written"] == []
+assert again["added"] == {} and again["written"] == [] and report["left_out"] == {}
 assert built.to_label_dict().items() > shipped.to_label_dict().items()
 
 # %% [markdown]

@@ -98,7 +98,7 @@ with raises(ConfigError, match="fold_idx: an integer is needed.*got '0'"): hold_
 # and no others: `region`, `modality`, `site` stay as they are. Lists of paths (one a channel) are joined one by one.
 #
 # Pseudo labels and supervoxels often lie under another root than the images. `roots` says so for each key, in one of
-# three ways:
+# four ways:
 #
 # | `roots["pseudo_label"]` | file of `imagesTr/a.nii.gz` in data set `Task06` |
 # |---|---|

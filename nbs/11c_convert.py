@@ -415,7 +415,13 @@ def _by_layout(folder: Path, tail: str, ending: str, n: int) -> list[dict]:
     return [{"image": v[0] if n == 1 else v, **({"label": labels[c]} if c in labels else {})}
             for c, v in images.items()]
 
-def _listed(entries: Any, folder: Path, root: Path, n: int, where: str) -> list[dict]:
+def _entries(data: Mapping, section: str, where: str) -> list:
+    "Entries of a section of dataset.json, none if it is not there"
+    found = data.get(section, [])
+    if not isinstance(found, list): raise FormatError(f"{where}, /{section}: a list is needed, got {found!r:.80}")
+    return found
+
+def _listed(entries: list, folder: Path, root: Path, n: int, where: str) -> list[dict]:
     "Items of version 1's lists, whose image names lack the channel number that the files carry"
     items = []
     for k, entry in enumerate(entries):
@@ -461,12 +467,13 @@ def from_nnunet(
         if root == folder: testing = _by_layout(folder, "Ts", ending, n)
     elif isinstance(data.get("training"), list):
         training = _listed(data["training"], folder, root, n, f"{where}, /training")
-        testing = _listed(data.get("test", []), folder, root, n, f"{where}, /test")
+        testing = _listed(_entries(data, "test", where), folder, root, n, f"{where}, /test")
         ids = [stem_of(i["label"] if "label" in i else i["image"]) for i in training]
     else:
         training, testing = ([_tidied(i, folder, root, where) for i in _by_layout(folder, tail, ending, n)]
                              for tail in ("Tr", "Ts"))
         ids = case_ids(training)
+    if splits is not None and not Path(splits).exists(): raise MissingFile(f"splits: {splits} does not exist")
     splits = Path(splits) if splits is not None else folder/"splits_final.json"
     if splits.exists():
         folds = folds_of(read_json(splits), ids, str(splits))
@@ -546,7 +553,7 @@ def from_msd(
     block = dict(block) if isinstance(block, Mapping) else {}
 
     def items(section: str) -> list[Any]:
-        items = [{"image": i} if isinstance(i, str) else i for i in data.get(section, [])]
+        items = [{"image": i} if isinstance(i, str) else i for i in _entries(data, section, where)]
         return [_tidied(i, file.parent, root, f"{where}, /{section}/{n}") if isinstance(i, Mapping) else i
                 for n, i in enumerate(items)]
     label_dict = {str(k): v for k, v in _label_names(data.get("labels", {}), where).items()}
@@ -640,6 +647,7 @@ def to_csv(
     parquet = _parquet() if out.suffix == ".parquet" else None
     if dry_run or not all([check_output(p, on_exists) for p in result["files"]]): return result
     if names: write_csv(_labels_beside(out), names, on_exists=on_exists)
+    elif on_exists == "overwrite": _labels_beside(out).unlink(missing_ok=True) # would be read with this list
     if parquet is None: write_csv(out, rows, [*_COLUMNS, *own], on_exists)
     else:
         import pyarrow

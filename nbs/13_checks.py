@@ -1,12 +1,12 @@
 # %% [markdown]
-# # Verification
+# # Checking images and labels
 #
-# > Everything that is wrong with a multi-dataset list, in one table, before a model is trained on it.
+# > What is wrong with an image and its label, pair by pair: headers of many files at once, every voxel on request.
 #
-# Shifted pairs, labels on another grid, a truncated file among ten thousand, the same patient in training and test:
-# each is silent, and each costs weeks. Verification must therefore be something one does every time. So it has to be
-# fast, it must not stop at the first finding, and it must tell harmless from fatal: a direction cosine that differs
-# in the eighth decimal is not an error, half a voxel is.
+# A label on another grid, a truncated file among ten thousand, a label with fractions in it: each is silent, and each
+# costs weeks. Checking must therefore be something one does every time. So it has to be fast, it must not stop at the
+# first finding, and it must tell harmless from fatal: a direction cosine that differs in the eighth decimal is not an
+# error, half a voxel is. The next page adds what no single pair shows, and makes one table of it.
 #
 # Three levels, each containing the one before: `exists` asks the file system, `header` reads a few hundred bytes of
 # every file, `full` reads every voxel once.
@@ -109,8 +109,9 @@ class Finding:
 # into one array, the fields are columns of that array, and every check is one vectorised comparison. Only what looks
 # odd is read again by the careful reader, which words the finding.
 #
-# A compressed file gives away more: its last eight bytes are the checksum and the length of the content. The length
-# must be what the header promises, or the file is cut off; checksum and length together identify the content.
+# A compressed file gives away more: its last eight bytes are the checksum and the length of the content; checksum and
+# length together identify it. The length, of an uncompressed file its size, must be what the header promises, or the
+# file is cut off.
 
 # %%
 #| export
@@ -279,14 +280,13 @@ def _check_headers(pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
         b = _open(label, "label", rows) if label is not None else None
         if a is not None and b is not None: rows += compare_pair(a, b)
         for role, head, k in (("image", a, 0), ("label", b, 1)):
-            if head is not None and heads[k].crc[i] and not any(r[1] == role and r[0] == "E201" for r in rows):
-                rows += _trailer(pairs[i][k], role, int(heads[k].nbytes[i]), head)
+            if head is not None and heads[k].nbytes[i]: rows += _cut_off(pairs[i][k], role, int(heads[k].nbytes[i]))
         if rows: found[str(i)] = rows
     both = lambda h: np.where(h.crc > 0, h.crc.astype(np.uint64) << 32 | h.nbytes.astype(np.uint64), 0)
     return {"found": found, "ids": np.stack([both(h) for h in heads], 1).astype("<u8").tobytes().hex()}
 
-def _trailer(path: str, role: str, length: int, head: Volume) -> list[_Raw]:
-    "If the length in the gzip trailer is not what the header promises, decompress to know"
+def _cut_off(path: str, role: str, length: int) -> list[_Raw]:
+    "If the length of the content is not what the header promises, read it all to know"
     raw = read_nifti_header(path)
     if (raw.vox_offset + raw.nbytes) % 2**32 == length % 2**32: return []
     try: read_nifti(path)
@@ -535,7 +535,7 @@ def check_pairs(
     pairs: Sequence[tuple[str, str | None]], # (image, label) files; None: unlabelled
     level: Level = "header", # how deep to look
     *,
-    workers: int = 0, # processes
+    workers: int = 0, # processes; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same files
     cache: str | os.PathLike | None = None, # folder that remembers what was looked at; None: forget
 ) -> Checked: # per pair: findings, content and, at the full level, statistics

@@ -24,7 +24,7 @@ import numpy as np
 from medvol_nb.checks import check_pairs
 from medvol_nb.core import DataError, OnExists, atomic, check_output, write_csv, write_json
 from medvol_nb.datalists import DataList, item_path, read_datalist
-from medvol_nb.labels import LabelSpace
+from medvol_nb.labels import LabelSpace, preferred_name
 from medvol_nb.plot import bars, save_figure
 from medvol_nb.verify import roots_for
 
@@ -80,15 +80,25 @@ assert close(dataset_weights({"Task06": 40})["Task06"], 2.5)
 # %% [markdown]
 # ## Counting
 # Local ids become global ones through the label space, so classes of different lists are counted together. Ids
-# without a global class keep a name of their own.
+# without a global class keep a name of their own. Without a label space an id must mean the same class in every list.
 
 # %%
 #| export
 def _classes(dl: DataList, space: LabelSpace | None) -> dict[int, tuple[int, str]]:
-    "Local id -> (id to count under, name); without a space, or for unmapped ids, the local id made negative or kept"
+    "Local id -> (id to count under, name); without a space the local id itself, with one only ids that it maps"
     if space is None: return {k: (k, v) for k, v in dl.label_dict.items()}
     mapping, names = space.mapping(dl.name), {c.id: c.name for c in space.classes}
     return {k: (mapping[k], names.get(mapping[k], v)) for k, v in dl.label_dict.items() if k in mapping}
+
+def _one_scheme(lists: Sequence[DataList]) -> None:
+    "Refuse lists in which an id means different classes: their weights would be of no class at all"
+    seen: dict[int, tuple[str, str]] = {}
+    for dl in lists:
+        for k, name in dl.label_dict.items():
+            first, where = seen.setdefault(k, (name, dl.name))
+            if preferred_name(first) != preferred_name(name):
+                raise DataError(f"label {k} is {first!r} in {where} and {name!r} in {dl.name}. Make one label space of "
+                                "the lists (`medvol datalists labels`) and pass it as space (--space)")
 
 def _first(item: Mapping) -> str: return item["image"] if isinstance(item["image"], str) else item["image"][0]
 
@@ -147,6 +157,7 @@ def analyze(
     names = [dl.name for dl in lists]
     if len(set(names)) < len(names): raise DataError(f"two lists have the same name: {sorted(names)}")
     whole = LabelSpace.load(space) if space is not None else None
+    if whole is None: _one_scheme(lists)
     roots = roots_for(names, [Path(p) for p in datalists], root)
     classes = {dl.name: _classes(dl, whole) for dl in lists}
     both = lambda dl: (("training", dl.training), ("testing", dl.testing))
@@ -181,9 +192,9 @@ def analyze(
 def _pictures(folder: Path, table: Sequence[Mapping]) -> None:
     "Bars of class volumes and of the number of cases, the largest forty"
     most = sorted(table, key=lambda r: -r["voxels"])[:40]
-    ids = [r["id"] if r["id"] != "" else 0 for r in most]
-    volumes = bars({r["class"]: r["ml_mean"] for r in most}, "mL", title="mean volume", ids=ids, log=True)
-    presence = bars({r["class"]: r["cases"] for r in most}, "cases", title="cases with the class", ids=ids)
+    ids, names = [r["id"] if r["id"] != "" else 0 for r in most], [r["class"] for r in most] # names may repeat
+    volumes = bars((names, [r["ml_mean"] for r in most]), "mL", title="mean volume", ids=ids, log=True)
+    presence = bars((names, [r["cases"] for r in most]), "cases", title="cases with the class", ids=ids)
     save_figure(volumes, folder/"volumes.png")
     save_figure(presence, folder/"presence.png")
 

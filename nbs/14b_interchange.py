@@ -7,7 +7,7 @@
 # dictionary of tensors, channels first, with an affine to RAS millimetres. That is nearly what a `Volume` is, and
 # "nearly" is where cases get hurt: a volume stored `zyx` arrives transposed, unsigned 16-bit labels meet operations
 # that torch lacks for them, a label comes back as floats, interpolated ones if nobody looked, and an affine in LPS is
-# taken for RAS. The four functions below know these differences and nothing else.
+# taken for RAS. The functions below know these differences and nothing else.
 
 # %%
 #| default_exp interchange

@@ -359,7 +359,7 @@ def _checked_labels(labels: Any, features: Any, what: str) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 3 or labels.dtype.kind not in "iub" or labels.size == 0:
         raise DataError(f"{what}: labels must be integers (x, y, z), got {labels.dtype} {labels.shape}")
-    if features is not None and labels.shape != tuple(_checked(features, what).shape[1:]):
+    if labels.shape != tuple(_checked(features, what).shape[1:]):
         raise DataError(f"{what}: labels {labels.shape} and features {tuple(features.shape)} differ in their grid")
     if labels.min() < 0: raise DataError(f"{what}: labels must not be negative, got {labels.min()}")
     if labels.max() > 2**31 - 1: raise DataError(f"{what}: labels must fit int32, got {labels.max()}")
@@ -422,7 +422,6 @@ with raises(DataError, match="labels must not be negative"): enforce_connectivit
 
 # %%
 #| export
-
 def upsample_labels(
     labels: np.ndarray, # (x, y, z) labels on the coarse grid
     shape: Sequence[int], # size of the fine grid [voxel]

@@ -8,7 +8,7 @@
 # [Segment-Anything](https://github.com/facebookresearch/segment-anything) encoder and scikit-image's SLIC. It needs two
 # hand edits to a foreign repository, more than ten minutes and 30 GB for a large scan, knows CT only, ignores voxel
 # sizes and spends pieces on air. The idea is worth keeping. This page joins the parts that keep it: the body of page
-# 05a, the features of page 21 or plain intensities, the clustering of page 20, and the original once more, literally,
+# 05a, the features of page 21a or plain intensities, the clustering of page 20a, and the original once more, literally,
 # for comparison.
 
 # %%
@@ -52,7 +52,7 @@ class SupervoxelSettings(Config):
     "Everything that decides the supervoxels of a scan"
     n_segments: int = Field(400, ge=1) # supervoxels wanted
     target_volume_ml: float | None = Field(None, gt=0) # mean size instead of a number [mL]; sets n_segments
-    features: Features = "sam" # what is clustered: a Segment-Anything encoder's view, or intensities
+    features: Features = "sam" # what the commands cluster: a Segment-Anything encoder's view, or intensities
     compactness: float = Field(0.15, ge=0) # weight of place against features: 0 ragged, 1 nearly boxes
     views: tuple[Literal["ax", "cor", "sag"], ...] = ("ax", "cor", "sag") # directions of the encoder's slices
     slice_stride: Literal["auto"] | int = "auto" # every how many slices are encoded; 'auto': at most 3 mm apart
@@ -162,7 +162,7 @@ assert np.allclose(intensity_features(np.ones((4, 5, 1), np.float32))[1::2], 0)
 # millimetres, down to the exact number. 5. Bring the labels to the scan's grid, let the voxels on borders choose again
 # by the full-resolution intensities, and return to the scan's own orientation.
 #
-# `features="sam"` needs an encoder (page 21). Without one there is an error, not a quiet change to intensities.
+# `features="sam"` needs an encoder (page 21a). Without one there is an error, not a quiet change to intensities.
 
 # %%
 #| export
@@ -264,7 +264,7 @@ def _encoder_name(source: Any) -> str:
     "Where features come from, for the record; an error if there is no encoder"
     if isinstance(source, str) and source != "intensity":
         raise MissingFile(f"features {source!r}: Segment-Anything features need an encoder. Pass "
-                          "features=SamFeatureExtractor(checkpoint) (page 21), or features='intensity'")
+                          "features=SamFeatureExtractor(checkpoint) (page 21a), or features='intensity'")
     return source if isinstance(source, str) else source.name if hasattr(source, "volume_features") else "given"
 
 def _wanted(cfg: SupervoxelSettings, ras: Volume, mask: np.ndarray) -> int:
@@ -320,9 +320,9 @@ def supervoxels(
     vol: Volume, # scan without channels, any orientation, finite
     n_segments: int = 400, # supervoxels wanted
     *,
-    features: Any = "intensity", # 'intensity', an encoder (page 21), an array (c, x, y, z) in RAS, or Volume -> array
+    features: Any = "intensity", # 'intensity', an encoder (page 21a), an array (c, x, y, z) in RAS, or Volume -> array
     mask: Any = None, # array (x, y, z) in RAS, where supervoxels are made; None: as `settings.mask` says
-    settings: SupervoxelSettings | None = None, # everything else; then `n_segments` is taken from it
+    settings: SupervoxelSettings | None = None, # everything but `features`; then `n_segments` is taken from it
     device: str = "cpu", # where the clustering runs, as in `device_for`
     cache: str | os.PathLike | None = None, # folder that keeps what the encoder said, for other settings
     **changes: Any, # single settings, such as compactness=0.1
@@ -457,7 +457,8 @@ def explore(
     cfg = settings or SupervoxelSettings()
     name, ready = _encoder_name(features), _prepare(vol, cfg)
     found = _features(ready, features, cfg)
-    number = w.IntSlider(cfg.n_segments, 10, 2000, 10, description="segments", continuous_update=False)
+    n = _wanted(cfg, ready.ras, ready.mask)
+    number = w.IntSlider(n, min(10, n), max(2000, n), 10, description="segments", continuous_update=False)
     shape = w.FloatSlider(cfg.compactness, min=0, max=1, step=0.05, description="compactness", continuous_update=False)
     text = w.Label()
     def cluster() -> SupervoxelResult:
@@ -465,13 +466,13 @@ def explore(
         out = _result(ready, _cluster(ready, found, now, "cpu"), name, now, "RAS")
         text.value = f"{out.info['n']} supervoxels, median {out.info['median_ml']:.3g} mL"
         return out
+    def painted(found: SupervoxelResult) -> Layer: return Layer(Planes(found.labels), label_paint)
     first = cluster()
-    over = Planes(first.labels)
     def again(_: Any) -> None:
         panel.result = cluster()
-        over.vol = panel.result.labels
+        panel.layers["supervoxels"] = painted(panel.result)
     for slider in (number, shape): slider.observe(again, "value") # before the panel's own observer, which draws
-    panel = browse(Planes(ready.ras), {"supervoxels": Layer(over, label_paint)}, opacity=1,
+    panel = browse(Planes(ready.ras), {"supervoxels": painted(first)}, opacity=1,
                    extra={"segments": number, "compactness": shape})
     panel.result, panel.outline.value, panel.box.children = first, True, (*panel.box.children, text)
     return panel

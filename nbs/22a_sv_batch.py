@@ -28,7 +28,7 @@ import numpy as np
 from medvol_nb import datalists
 from medvol_nb.config import check_config, load_config
 from medvol_nb.core import (ConfigError, DataError, FormatError, Locked, MissingFile, OnExists, OutputExists, atomic,
-                            file_digest, fingerprint, lock, log, read_json, write_json)
+                            check_output, file_digest, fingerprint, lock, log, read_json, write_json)
 from medvol_nb.datalists import DataList, item_path, read_datalist
 from medvol_nb.geometry import Volume, reorient, same_grid
 from medvol_nb.parallel import BatchError, Failure, on_cluster, pmap
@@ -308,7 +308,7 @@ def select_items(
     folds: str = "all", # 'all', 'train' (every fold but 0), or a fold; sections without folds are not touched
 ) -> list[tuple[str, int]]: # (section, index) of the items
     "Items of a list that supervoxels are made for"
-    if folds not in ("all", "train") and not folds.isdigit():
+    if folds not in ("all", "train") and not folds.isdecimal():
         raise ConfigError(f"folds: 'all', 'train' or a number is needed, got {folds!r}")
     def wanted(item: dict) -> bool:
         if folds == "all" or "fold" not in item: return True
@@ -337,7 +337,7 @@ def batch_infer(
     cache: str | os.PathLike | None = None, # folder that keeps encoded slices for runs with other settings
     workers: int = 0, # processes; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler
-    write_datalist: str | os.PathLike | None = None, # copy of the list with `label_sv` filled in
+    write_datalist: str | os.PathLike | None = None, # copy of the list with `label_sv` filled in; replaces an older one
     on_exists: OnExists = "skip", # 'skip': go on where an earlier run stopped
     limit: int | None = None, # only so many cases
     dry_run: bool = False, # tell what would be done and what it costs, write nothing
@@ -345,8 +345,12 @@ def batch_infer(
     "Supervoxels of the cases of a data list"
     work, encoder = _Choice(n_segments, features, checkpoint, device, dtype, views, grid_mm, window, compactness,
                             settings, legacy, cache, on_exists).work()
+    if write_datalist is not None: check_output(write_datalist, "overwrite", inputs=[datalist])
     dl = read_datalist(datalist)
-    chosen = select_items(dl, key, folds)[:limit]
+    chosen = select_items(dl, key, folds)
+    if not chosen and dl.items():
+        raise DataError(f"{datalist}: no case of {key} is in the folds asked for, {folds!r}; there are {[*dl.folds()]}")
+    chosen = chosen[:limit]
     if many := [f"/{s}/{k}" for s, k in chosen if not isinstance(dl.items(s)[k]["image"], str)]:
         raise DataError(f"{datalist}: supervoxels are made from one image, {', '.join(many[:5])} name several")
     images = {sk: item_path(basedir, dl.items(sk[0])[sk[1]]["image"]) for sk in chosen}
@@ -396,7 +400,8 @@ def metrics(
 # the same folder is refused, not mixed in.
 
 # %%
-work_dir = Path(tempfile.mkdtemp())
+place = tempfile.TemporaryDirectory()
+work_dir = Path(place.name)
 for k, name in enumerate(["a/one", "a/two", "b/one"]):
     case = phantoms.abdomen(seed=k)
     small = Volume(case.img[::2, ::2, ::2].astype(np.int16), affine_from([2*s for s in case.spacing]))
@@ -426,3 +431,6 @@ metrics(first["cases"][0]["labels"], work_dir/"data"/"a/one_seg.nii.gz")
 # %%
 with raises(MissingFile, match="sam_vit_b_01ec64.pth"): infer([work_dir/"data"/"a/one.nii.gz"])
 with raises(ConfigError, match="folds: 'all', 'train' or a number"): select_items(listed, folds="first")
+
+# %%
+place.cleanup()

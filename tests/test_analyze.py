@@ -8,7 +8,7 @@ import pytest
 
 from medvol_nb import phantoms
 from medvol_nb.analyze import analyze, class_weights, dataset_weights, sample_weight
-from medvol_nb.core import DataError, OutputExists, read_csv, read_json
+from medvol_nb.core import DataError, OutputExists, read_csv, read_json, write_json
 from medvol_nb.datalists import DataList, write_datalist
 from medvol_nb.labels import LabelSpace
 from medvol_nb.volume import Volume, affine_from, read_volume, reorient, write_volume
@@ -77,6 +77,26 @@ def test_two_schemes_become_one_class_space(tmp_path):
     assert all(
         int(x["voxels"]) == 2 * int(y["voxels"]) and int(x["cases"]) == 2 * int(y["cases"]) for x, y in zip(both, one)
     )
+
+
+def test_a_name_with_two_ids(tmp_path):
+    "As in the published list of Bone-NIH; the bars of one name lie below each other"
+    path = dataset(tmp_path / "A", "A", range(1), (13, 11, 12))
+    data = read_json(path)
+    data["label_dict"] |= {"1": "bone lesion", "2": "bone lesion"}
+    write_json(path, data)
+    analyze([path], tmp_path / "out")
+    rows = read_csv(tmp_path / "out" / "classes.csv")
+    assert [r["id"] for r in rows if r["class"] == "bone lesion"] == ["1", "2"]
+    assert (tmp_path / "out" / "presence.png").is_file()
+
+
+def test_two_schemes_without_a_label_space_are_refused(tmp_path):
+    a = dataset(tmp_path / "A", "A", range(1), (13, 11, 12))
+    b = dataset(tmp_path / "B", "B", range(1), (13, 11, 12), [8, 7, 6, 5, 4, 3, 2, 1])
+    with pytest.raises(DataError, match="label 8 is .* in A and 'liver' in B. Make one label space .*--space"):
+        analyze([a, b], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_is_the_same_for_any_workers_and_with_a_cache(tmp_path):

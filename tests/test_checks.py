@@ -101,6 +101,15 @@ def test_each_fault_gets_its_code(pair, tmp_path, name, want):
     assert codes(check_pairs([pair])[0]) == want
 
 
+def test_an_uncompressed_file_that_is_cut_off_is_told_by_its_size(tmp_path):
+    img, lbl = volume()
+    for name, v in (("img", img), ("lbl", lbl)): write_volume(v, tmp_path/f"{name}.nii")
+    pair = str(tmp_path/"img.nii"), str(tmp_path/"lbl.nii")
+    assert codes(check_pairs([pair])[0]) == []
+    (tmp_path/"img.nii").write_bytes((tmp_path/"img.nii").read_bytes()[:-20])
+    assert [r[:2] for r in check_pairs([pair])[0]["found"]] == [("E301", "image")]
+
+
 def test_a_header_without_orientation_is_told(pair, tmp_path):
     damage("no codes", tmp_path/"img.nii.gz", tmp_path/"lbl.nii.gz")
     assert "W207" in codes(check_pairs([pair])[0])

@@ -207,6 +207,18 @@ def test_pickled_splits_are_not_read(tmp_path, caplog):
     assert from_nnunet(folder).folds() == {} and "is a pickle" in caplog.text
 
 
+def test_splits_that_were_named_must_be_there(tmp_path):
+    folder = foreign(tmp_path/"D", 1)
+    with pytest.raises(MissingFile, match="splits: .*splits_finale.json does not exist"):
+        from_nnunet(folder, splits=folder/"splits_finale.json")
+
+
+@pytest.mark.parametrize("read", [from_msd, from_nnunet])
+def test_a_section_that_is_no_list(read, tmp_path):
+    write_json(tmp_path/"dataset.json", {"training": [], "test": 0, "labels": {"0": "background"}})
+    with pytest.raises(FormatError, match="/test: a list is needed, got 0"): read(tmp_path)
+
+
 def test_msd_as_published(tmp_path):
     write_json(tmp_path/"dataset.json", {
         "name": "WORD", "labels": {"0": "background", "1": "liver"}, "modality": {"0": "CT"}, "licence": "GPL",
@@ -404,6 +416,13 @@ def test_csv_from_pandas(tmp_path):
     frame = pandas.DataFrame({"image": ["a.nii", "b.nii"], "fold": [0, np.nan], "age": [63.0, np.nan]})
     frame.to_csv(tmp_path/"t.csv", index=False)
     assert from_csv(tmp_path/"t.csv").training == ({"image": "a.nii", "fold": 0, "age": 63.0}, {"image": "b.nii"})
+
+
+def test_label_names_of_an_earlier_table_do_not_stay(tmp_path):
+    bare = DataList("t", ({"image": "a.nii"},))
+    to_csv(replace(bare, label_dict={1: "liver"}), tmp_path/"t.csv")
+    to_csv(bare, tmp_path/"t.csv", "overwrite")
+    assert from_csv(tmp_path/"t.csv") == bare
 
 
 def test_names_of_a_json_are_utf8(places):

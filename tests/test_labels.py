@@ -629,3 +629,35 @@ def test_build_from_nothing(tmp_path):
     (tmp_path/"D.json").write_text('{"training": []}')
     with pytest.raises(FormatError, match="no 'label_dict'"): build_label_space([tmp_path/"D.json"], tmp_path/"other")
     assert not (tmp_path/"other").exists()
+
+
+@pytest.mark.parametrize("name, kept, lost, said", [
+    ('the "old" liver', "labels.ctbl", "labels.label", "holds a quotation mark"),
+    ("Cooper's'", "labels.label", "labels.ctbl", "has a ' at an end")])
+def test_a_name_that_a_colour_table_cannot_hold(name, kept, lost, said, tmp_path, caplog):
+    "The label space is what was asked for: it is written, the table is left out and the name is told"
+    lists = [write_list(tmp_path, "A", {"1": name, "2": "spleen"})]
+    dry = build_label_space(lists, tmp_path/"out", base="empty", dry_run=True)
+    assert lost in dry["left_out"] and not (tmp_path/"out").exists()
+    made = build_label_space(lists, tmp_path/"out", base="empty")
+    assert made["written"] == ["label_dict.json", "label_mappings.json", "label_space.json", kept]
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == made["written"]
+    assert LabelSpace.load(tmp_path/"out").to_label_dict() == {name: 1, "spleen": 2}
+    for text in (made["left_out"][lost], caplog.text):
+        assert said in text and "id 1" in text and "rename these classes in their data lists or in the base" in text
+    with pytest.raises(OutputExists): build_label_space(lists, tmp_path/"out", base="empty")
+
+
+def test_a_colour_table_of_the_space_before_does_not_stay(tmp_path):
+    build_label_space([write_list(tmp_path, "A", {"1": "liver"})], tmp_path/"out", base="empty")
+    assert (tmp_path/"out"/"labels.label").is_file()
+    lists = [write_list(tmp_path, "A", {"1": 'spleen "2"'})]
+    build_label_space(lists, tmp_path/"out", base="empty", on_exists="overwrite")
+    assert not (tmp_path/"out"/"labels.label").exists() and (tmp_path/"out"/"labels.ctbl").is_file()
+
+
+def test_ids_that_are_too_high_for_a_colour_table_are_told(tmp_path):
+    LabelSpace((LabelClass(40000, "liver"),)).save(tmp_path/"high.json")
+    made = build_label_space([write_list(tmp_path, "A", {"1": "liver"})], tmp_path/"out", base=tmp_path/"high.json")
+    assert "40000: a whole number from 0 to 32768" in made["left_out"]["labels.ctbl"]
+    assert "rename" not in made["left_out"]["labels.ctbl"] and "labels.label" in made["written"]

@@ -760,6 +760,22 @@ def test_dry_run_diff_and_on_exists(tmp_path):
     assert make_datalists(root, tmp_path, on_exists="overwrite")["written"]
 
 
+def test_the_folder_for_lists_is_made_but_not_its_parent(tmp_path, monkeypatch):
+    "As with every other command; and a place that cannot be written is told before the data are looked at"
+    root = spleens(tmp_path/"Task09")
+    make_datalists(root, tmp_path/"lists", dry_run=True)
+    assert not (tmp_path/"lists").exists()
+    made = make_datalists(root, tmp_path/"lists")
+    assert made["path"] == str(tmp_path/"lists"/"Task09_5_folds.json") and read_datalist(made["path"]).name == "Task09"
+    (tmp_path/"file").touch()
+    monkeypatch.setattr("medvol_nb.recipes.scan", lambda *_, **__: pytest.fail("looked at the data first"))
+    for out in ("no/lists", "no/list.json"):
+        with pytest.raises(MissingFile, match="mkdir -p"): make_datalists(root, tmp_path/out)
+    with pytest.raises(OutputExists, match="file is a file. Name a folder"):
+        make_datalists(root, tmp_path/"file", on_exists="overwrite")
+    assert not (tmp_path/"no").exists()
+
+
 def test_hash_does_not_move_old_cases(tmp_path):
     root = spleens(tmp_path/"Task09", 40)
     make_datalists(root, tmp_path, method="hash")
@@ -807,7 +823,7 @@ def test_bad_requests(tmp_path):
     for bad in ({"method": "hash", "legacy": True}, {"legacy": True, "group": "x"}, {"name": "a/b"},
                 {"recipe": "Task99"}, {"method": "random"}, {"n_folds": 0}, {"test_ratio": 1.0}):
         with pytest.raises(ConfigError): make_datalists(root, tmp_path, **bad)
-    with pytest.raises(MissingFile): make_datalists(root, tmp_path/"absent")
+    with pytest.raises(MissingFile): make_datalists(root, tmp_path/"no"/"absent")
     assert not list(tmp_path.glob("*.json"))
 
 

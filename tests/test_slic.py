@@ -210,6 +210,19 @@ def test_B9_as_many_segments_as_voxels_and_nearly_so():
     assert slic3d(f, 119).max() == 119
 
 
+def test_label_maps_need_features(body):
+    for f in (enforce_connectivity, merge_segments, refine_borders):
+        options = {"min_size": 1} if f is enforce_connectivity else {"n_segments": 2} if f is merge_segments else {}
+        with pytest.raises(DataError, match=r"features must be \(c, x, y, z\)"): f(body.lbl, None, **options)
+
+
+@pytest.mark.parametrize("options", [{"merge": False, "max_iter": 1}, {"max_size_factor": 1.5},
+                                     {"min_size_factor": 0, "over_seed": 4, "tol": 0}])
+def test_all_options_count_where_the_coarse_grid_has_too_few_voxels(options):
+    f = noise((24, 24, 24))
+    assert (slic3d(f, 300, stride=4, **options) == slic3d(f, 300, **options)).all()
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 8), (1, 2, 8, 8, 8), (2, 0, 8, 8)])
 def test_B9_shapes_that_are_no_features(shape):
     with pytest.raises(DataError, match=r"features must be \(c, x, y, z\)"): slic3d(np.zeros(shape), 5)

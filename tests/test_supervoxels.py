@@ -314,11 +314,19 @@ def test_explore_computes_features_once(scan):
         return intensity_features(vol.data, vol.spacing)
 
     box = explore(scan, features=features, settings=SupervoxelSettings(n_segments=40))
+    shown = [box.picture.value]
     box.segments.value = 60
+    shown.append(box.picture.value)
     box.compactness.value = 0.4
+    assert len({*shown, box.picture.value}) == 3
     assert len(calls) == 1 and box.result.info["n"] == 60
     expected = supervoxels(scan, 60, features=features, compactness=0.4)
     assert (box.result.labels.data == expected.labels.data).all()
+
+
+def test_explore_starts_where_the_settings_say(scan):
+    cfg = SupervoxelSettings(target_volume_ml=40)
+    assert explore(scan, settings=cfg).result.info["n"] == supervoxels(scan, settings=cfg).info["n"]
 
 
 # ---------------------------------------------------------------- as it was published

@@ -185,6 +185,21 @@ def test_the_list_is_filled_in(data, tmp_path):
     assert made.testing == before.testing and made.label_dict == before.label_dict
 
 
+def test_folds_without_a_case_are_told(data, tmp_path):
+    with pytest.raises(DataError, match=r"no case of training is in the folds asked for, '7'; there are \[0, 1\]"):
+        call(data, tmp_path / "sv", key="training", folds="7")
+    with pytest.raises(ConfigError, match="'all', 'train' or a number"):
+        call(data, tmp_path / "sv", folds="\u00b2")
+
+
+def test_the_place_of_the_list_is_looked_at_first(data, tmp_path):
+    with pytest.raises(MissingFile, match="mkdir -p"):
+        call(data, tmp_path / "sv", write_datalist=tmp_path / "no" / "out.json")
+    with pytest.raises(OutputExists, match="also an input"):
+        call(data, tmp_path / "sv", write_datalist=data / "toy.json")
+    assert not (tmp_path / "sv").exists()
+
+
 def test_lists_with_several_images_or_bad_paths_are_refused(data, tmp_path):
     raw = json.loads((data / "toy.json").read_text())
     raw["training"][0]["image"] = ["a/one.nii.gz", "a/two.nii.gz"]

@@ -14,7 +14,7 @@ import pytest
 
 from medvol_nb import phantoms
 from medvol_nb.checks import CODES
-from medvol_nb.core import DataError, read_csv, read_json
+from medvol_nb.core import ConfigError, DataError, read_csv, read_json
 from medvol_nb.datalists import DataList, write_datalist
 from medvol_nb.labels import LabelSpace
 from medvol_nb.verify import verify
@@ -112,7 +112,9 @@ def test_D7_D8_E402_subject_in_two_folds_and_in_test(dataset):
         [listed(folder, "B", [{k: v for k, v in i.items() if k != "subject"} for i in items])], subject=r"^(c)\d"
     )
     assert codes(by_name) == {"E402": 1}
-    with pytest.raises(DataError, match="finds nothing in"):
+    with pytest.raises(ConfigError, match="subject, data set 'B': .* is no regular expression"):
+        verify([folder / "B.json"], subject="(")
+    with pytest.raises(DataError, match="subject, data set 'B': .* does not match 1 of 1 items"):
         verify(
             [listed(folder, "B", items[:1] and [{k: v for k, v in items[0].items() if k != "subject"}])], subject="zzz"
         )
