@@ -202,6 +202,17 @@ def test_outputs_can_be_trained_on(tmp_path, workers, suffix):
     assert views.draw(0, rng_for(0))["images"].shape == (2, 12, 16, 16)
 
 
+def test_regions_have_the_contrast_that_was_named(tmp_path):
+    "A CT that shows nothing but tissue looks like an MR; its regions are found as those of a CT if it is called one"
+    img = rng_for(0, "tissue").normal(40, 15, (60, 50, 30)).astype(np.int16)
+    img[:30] += 80
+    save(img, tmp_path/"in"/"c.nii.gz")
+    for contrast in ("ct", "auto"):
+        prepare(tmp_path/"in", tmp_path/contrast, spacing=5, contrast=contrast, crop=False, regions=True)
+    found = {c: read_volume(tmp_path/c/"regions"/"c.zarr").data for c in ("ct", "auto")}
+    assert (found["ct"] > 0).all() and not (found["auto"] > 0).all()
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path):
     "Dies at steps all over the run; then the same command finishes it"
     for k in range(3): save(person(k).img, tmp_path/"in"/f"c{k}.nii.gz")
