@@ -160,6 +160,13 @@ def test_later_organs_win_overlaps_are_counted_missing_ones_are_warnings(tmp_pat
     assert same_grid(img, lbl) and merge_totalseg(case, [f"x{k}" for k in range(300)] + ["liver"])[1].dtype == np.uint16
 
 
+def test_organ_masks_may_hold_255(tmp_path):
+    case = totalseg(tmp_path, 1)/"s0"
+    save(((person().lbl == 2)*255).astype(np.uint8), case/"segmentations"/"liver.nii.gz")
+    lbl = merge_totalseg(case, ["liver", "spleen"])[1].data
+    assert (lbl == 1).sum() == (person().lbl == 2).sum() > 0
+
+
 def test_given_labels_are_used_and_checked(tmp_path):
     root = totalseg(tmp_path/"in", 1)
     told = prepare(root, tmp_path/"out", kind="totalseg", labels=["liver", "spleen"])

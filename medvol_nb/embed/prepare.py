@@ -186,7 +186,7 @@ def merge_totalseg(
         part = net_volume(read_volume(file))
         if not same_grid(img, part, 0.1*min(img.spacing)):
             raise DataError(f"{file}: is on another grid than its scan, {part} for {img}")
-        inside = np.asarray(part.data) == 1
+        inside = np.asarray(part.data) > 0 # 1, or 255 in masks of other programs
         overlap += int(np.count_nonzero(lbl[inside]))
         lbl[inside] = k
     if missing: log.warning("%s: %d organs have no file, first %s", case.name, len(missing), missing[0])
