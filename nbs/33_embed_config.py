@@ -170,7 +170,7 @@ with raises(ConfigError, match="Did you mean 'sam_NIHLN'"): preset("sam_NIHL")
 
 # %% [markdown]
 # ## Small
-# The published network takes 20 seconds a step on a CPU core. `tiny` is a quarter as wide, has vectors half as long,
+# The published network takes 20 seconds a step on a CPU core. `tiny` is a quarter as wide, has vectors of 64 numbers,
 # smaller views, boxes and batches, fewer negatives that may lie nearer, turns of at least 10°, a sharper temperature
 # and AdamW with a falling rate, and learns within minutes. It also has another norm: with four views a step, means and
 # variances of a batch are those of one place in one or two scans, and what they say of another part of the body is
