@@ -871,6 +871,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medvol_nb.embed.train.Validation.__init__': ( 'embed_train.html#validation.__init__',
                                                                                       'medvol_nb/embed/train.py'),
                                        'medvol_nb.embed.train._about_files': ('embed_train.html#_about_files', 'medvol_nb/embed/train.py'),
+                                       'medvol_nb.embed.train._begin': ('embed_train.html#_begin', 'medvol_nb/embed/train.py'),
                                        'medvol_nb.embed.train._cases': ('embed_train.html#_cases', 'medvol_nb/embed/train.py'),
                                        'medvol_nb.embed.train._draws': ('embed_train.html#_draws', 'medvol_nb/embed/train.py'),
                                        'medvol_nb.embed.train._everyone': ('embed_train.html#_everyone', 'medvol_nb/embed/train.py'),

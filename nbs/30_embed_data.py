@@ -238,7 +238,7 @@ def network_volume(
     volume: Volume, # scan without channels, any axes and orientation
     spacing: float = 2.0, # voxel size of the network's input [mm]
     intensity: Literal["auto"] | Contrast = "auto", # 'ct' for Hounsfield units, 'mr' for percentiles
-    body: Literal["auto"] | np.ndarray | None = None, # bool on the grid of `volume` (array in its stored axes), 'auto'
+    body: Literal["auto"] | np.ndarray | None = None, # bool on the stored array of `volume`; 'auto': found; None: all
 ) -> tuple[np.ndarray, NetGrid]: # (z, y, x) float32 in [-50, 205], and its grid
     "What a network sees of a scan; outside of `body`, if given, there is air"
     volume = checked_scan(volume, str(volume.meta.get("path", "scan")))

@@ -268,8 +268,8 @@ assert (view.image[~view.valid] == -50).all() and 0.2 < view.valid.mean() < 1
 # * `masksample` (Cross-SAM): as before, but one pair of ten is independent, and nine of ten seeds come from the mask.
 # * `overlap` (the first configuration): for each axis an overlap of at least 20 voxels (5 along z), or a gap.
 #
-# Where the scan is smaller than a box, the box is centred on it and reaches out into air, unless less than half of it
-# would be filled.
+# Where the scan is smaller than a box, the box is centred on it and reaches out into air. A scan that fills less than
+# half of the patch along an axis is refused.
 
 # %%
 #| export

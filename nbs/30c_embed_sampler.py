@@ -103,7 +103,7 @@ class MixedBatchSampler:
             if n < 0 or (n and not len(items)): raise DataError(f"slots: {n} of {kind!r}, which has {len(items)} items")
         self.odds = None
         if odds is not None:
-            if odds.keys() - self.groups.keys() or min(odds.values()) < 0 or not sum(odds.values()) > 0:
+            if odds.keys() - self.groups.keys() or min(odds.values(), default=0) < 0 or not sum(odds.values()) > 0:
                 raise ConfigError(f"odds: need numbers >= 0 for some of {sorted(self.groups)}, got {dict(odds)}")
             self.odds = {k: odds.get(k, 0)/sum(odds.values()) for k in self.groups}
         self._order = functools.lru_cache(8)(self._permutation)
@@ -269,6 +269,8 @@ def read_cases(
             raise MissingFile(f"{folder}/index.csv lists {absent[0]}, which is not in {folder/'images'}")
     else:
         found = [_found(p.name, folder, folder) for p in list_scans(folder)]
+    if twice := [name for name, n in Counter(c.name for c in found).items() if n > 1]:
+        raise DataError(f"{folder}: several scans are called {twice[0]!r}; cases are told apart by their names")
     if suffixes:
         of, by_name = Counter(), {c.name: c for c in found}
         for c in found: of.update([c.name[:-len(s)] for s in suffixes if c.name.endswith(s)])
@@ -294,6 +296,9 @@ for k in range(3):
 assert len(read_cases(root)) == 6 and len(read_cases(root, ("_0000", "_0001"))[0].images) == 2
 with raises(DataError, match="holds no scans with the ends"): read_cases(root, ("_0000", "_0007"))
 with raises(MissingFile): read_cases(root/"nowhere")
+(root/"p0_0000.mha").touch()
+with raises(DataError, match="several scans are called 'p0_0000'"): read_cases(root)
+(root/"p0_0000.mha").unlink()
 
 # %% [markdown]
 # ## Three kinds of samples
@@ -313,7 +318,7 @@ class _Shelf:
     def get(self, key: Any, make: Any) -> Source:
         if key in self.open: self.open.move_to_end(key)
         else: self.open[key] = make()
-        size = lambda s: s.data.nbytes if isinstance(s.data, np.ndarray) else 0
+        size = lambda s: sum(a.nbytes for a in (s.data, s.mask, s.regions) if isinstance(a, np.ndarray))
         while len(self.open) > 1 and sum(map(size, self.open.values())) > self.cache_bytes:
             self.open.popitem(last=False)
         return self.open[key]
@@ -323,7 +328,7 @@ class _Set:
     "What the three kinds have in common: cases, and sources that stay open"
     cases: Sequence[Case] # what samples are made of
     spacing: float = 2.0 # of a view at scale 1 [mm]
-    cache_bytes: int = 2 << 30 # scans kept in memory
+    cache_bytes: int = 2 << 30 # scans kept in memory, with their masks and regions
 
     def __post_init__(self):
         if not len(self.cases): raise DataError("data set: has no cases")
@@ -546,7 +551,7 @@ class MixedBatches:
         slots: Mapping[str, int], # samples of each kind in a batch, in each process
         *,
         odds: Mapping[str, float] | None = None, # a batch has one kind, with these odds; None: all kinds
-        per_epoch: int | None = None, # steps in an epoch; default: what shows every item of the largest kind once
+        per_epoch: int | None = None, # steps in an epoch; default: items of the largest kind over its slots
         seed: int = 0, # names order and draws
         workers: int = 0, # loading processes; 0: in this process
     ):
@@ -570,7 +575,7 @@ class MixedBatches:
     ) -> int: # at least one
         "Steps in an epoch"
         if self.per_epoch: return self.per_epoch
-        return max(1, *(int(s[-1])//max(1, self.slots[k]*world) for k, s in self.dataset.starts.items()))
+        return max([1, *(int(s[-1])//(self.slots[k]*world) for k, s in self.dataset.starts.items() if self.slots[k])])
 
     def epoch(
         self,

@@ -285,7 +285,7 @@ def merge_totalseg(
         part = net_volume(read_volume(file))
         if not same_grid(img, part, 0.1*min(img.spacing)):
             raise DataError(f"{file}: is on another grid than its scan, {part} for {img}")
-        inside = np.asarray(part.data) == 1
+        inside = np.asarray(part.data) > 0 # 1, or 255 in masks of other programs
         overlap += int(np.count_nonzero(lbl[inside]))
         lbl[inside] = k
     if missing: log.warning("%s: %d organs have no file, first %s", case.name, len(missing), missing[0])
@@ -376,7 +376,10 @@ def _prepare_one(task: Mapping[str, Any]) -> dict[str, Any]:
     for stem, (img, lbl) in made.items():
         names.append(stem + job["suffix"])
         parts = {"images": img, "masks": lbl}
-        if job["regions"]: parts["regions"] = make_slic_mask(img, exact=job["exact"])
+        if job["regions"]:
+            known = job.get("contrast", "auto")
+            if job["kind"] == "pairs": known = "ct" if stem.endswith("_0000") else "mr"
+            parts["regions"] = make_slic_mask(img, contrast=known, exact=job["exact"])
         for folder, vol in parts.items():
             outputs.append(f"{folder}/{names[-1]}")
             write_volume(vol, dst/outputs[-1], "overwrite")
@@ -413,7 +416,7 @@ def prepare(
     contrast: Literal["auto"] | Contrast = "auto", # of single scans
     crop: bool = True, # cut single scans to the body
     exact: bool = False, # find bodies on the grids of the files, as published: slower
-    regions: bool = False, # also write regions for the contrast of blocks
+    regions: bool = False, # also write regions that get a contrast of their own
     labels: str | os.PathLike | Sequence[str] | None = None, # organs, or .json with them; default: all, by name
     suffix: Literal[".zarr", ".nii.gz"] = ".zarr", # kind of files to write
     workers: int = 0, # processes; 0: in this one, -1: one per processor

@@ -6,8 +6,8 @@
 # Where in this scan is the point that I clicked in the other one? If every voxel carries a vector that describes *where
 # in the body* it is, and not how bright it is, the answer is the voxel with the most similar vector. Yan et al.
 # (SAM: self-supervised learning of pixel-wise anatomical embeddings, IEEE TMI 2022) train such vectors without labels.
-# Their network has two heads. The *fine* one sees a few centimetres and is exact; the *coarse* one sees most of the
-# body and knows on which side it is. The third, *semantic*, of SAM++ (Bai et al., 2023) is trained with organ masks.
+# Their network has two heads. The *fine* one sees less and is exact; the *coarse* one sees the body from side to side
+# and knows on which side it is. The third, *semantic*, of SAM++ (Bai et al., 2023) is trained with organ masks.
 #
 # This page has the network, its three ways to get first weights, and the file that carries a trained one. Losses are on
 # [page 32](32_embed_loss.ipynb), training on [page 33a](33a_embed_train.ipynb).
@@ -202,8 +202,8 @@ flat = AnatNet(dims=2, width=8, emb=16).eval()
 
 # %% [markdown]
 # How far does a voxel see? Set all weights to one positive number and let the pooling average: the gradient of an
-# output is then positive exactly where it looks. The coarse head sees 112 mm along the body and half a metre across,
-# more than a whole training crop of 32×96×96 voxels.
+# output is then positive exactly where it looks. The fine head sees 48 mm along the body and 226 mm across; the coarse
+# head sees 112 mm and half a metre, more than a whole training crop of 32×96×96 voxels.
 
 # %%
 def field_of(head, shape):

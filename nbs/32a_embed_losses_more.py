@@ -16,6 +16,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,10 @@ def prototype_loss(
     labels: Sequence[torch.Tensor], # (Z, Y, X) integer labels of each volume, on the network's grid
     tau: float = 0.1, # temperature
     *,
-    over: str = "voxels", # "voxels": as published, or "prototypes": bounded by 0
+    over: Literal["voxels", "prototypes"] = "voxels", # "voxels": as published; "prototypes": bounded by 0
 ) -> torch.Tensor: # scalar
     "Gather the vectors of an organ, over several volumes"
+    if over not in ("voxels", "prototypes"): raise DataError(f"over: must be voxels or prototypes, got {over!r}")
     small = [coarse_labels(v) for v in labels]
     for m, v in zip(maps, small, strict=True):
         if m.shape[1:] != v.shape: raise DataError(f"prototypes: map {tuple(m.shape)} for labels {tuple(v.shape)}")
@@ -123,6 +125,7 @@ assert close(prototype_loss(*halves), prototype_loss([mixed[2]], [lbl]), 1e-5)
 
 # %%
 with raises(DataError, match="show no organ"): prototype_loss([blank], [lbl*0])
+with raises(DataError, match="over: must be voxels or prototypes"): prototype_loss([blank], [lbl], over="organs")
 with raises(DataError, match=r"map \(24, 16, 20, 12\) for labels"): prototype_loss([blank], [lbl[:2]])
 
 # %% [markdown]

@@ -83,7 +83,7 @@ class EmbeddingConfig(Config):
     pairs_crop: tuple[int, int, int] = (104, 128, 128) # (z, y, x) largest box of a registered pair [network voxel]
     slots: dict[Kind, int] = {"views": 6} # samples of each kind in a batch, in each process
     odds: dict[Kind, float] | None = None # a batch has one kind, with these odds; None: all kinds
-    per_epoch: int | None = Field(None, ge=1) # steps in an epoch; None: what shows every scan once
+    per_epoch: int | None = Field(None, ge=1) # steps in an epoch; None: items of the largest kind over its slots
     start_from: ConfigPath | None = None # first weights: run folder, .safetensors, published .pth or a 2-D ResNet
     needs_start: bool = False # refuse to begin with random weights
     workers: int = Field(0, ge=0) # loading processes
@@ -99,6 +99,8 @@ class EmbeddingConfig(Config):
             raise ValueError("model.heads: samples with organs need the head 'semantic'")
         if self.suffix_odds and len(self.suffix_odds) != len(self.suffixes):
             raise ValueError(f"suffix_odds: {len(self.suffix_odds)} numbers for {len(self.suffixes)} suffixes")
+        if self.suffix_odds and (min(self.suffix_odds) < 0 or not sum(self.suffix_odds) > 0):
+            raise ValueError(f"suffix_odds: need numbers >= 0, not all of them 0, got {list(self.suffix_odds)}")
         return self
 
     @property
@@ -168,12 +170,13 @@ with raises(ConfigError, match="Did you mean 'sam_NIHLN'"): preset("sam_NIHL")
 
 # %% [markdown]
 # ## Small
-# The published network takes 20 seconds a step on a CPU core. `tiny` is a quarter as wide, has smaller views, a sharper
-# temperature and AdamW with a falling rate, and learns within minutes; everything else stays as the preset says, but
-# for the norm: with four views a step, means and variances of a batch are those of one place in one or two scans, and
-# what they say of another part of the body is wrong. With group norm 240 steps on two crops of a thorax find 50 % of
-# places within 10 mm in another thorax and 77 % in a head and neck; with batch norm 300 steps find 45 and 64 %. The
-# price is that such a network cannot embed a scan in slabs.
+# The published network takes 20 seconds a step on a CPU core. `tiny` is a quarter as wide, has vectors of 64 numbers,
+# smaller views, boxes and batches, fewer negatives that may lie nearer, turns of at least 10°, a sharper temperature
+# and AdamW with a falling rate, and learns within minutes. It also has another norm: with four views a step, means and
+# variances of a batch are those of one place in one or two scans, and what they say of another part of the body is
+# wrong. With group norm 240 steps on two crops of a thorax find 50 % of places within 10 mm in another thorax and 77 %
+# in a head and neck; with batch norm 300 steps find 45 and 64 %. The price is that such a network cannot embed a scan
+# in slabs.
 
 # %%
 #| export

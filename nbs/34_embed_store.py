@@ -7,8 +7,8 @@
 # keeps them as a pickle of GPU tensors, 434 MB a case, that only opens on a machine with a GPU and runs code when it
 # does. Here a case is a zarr group: numbers of 8 bits, checksums, and everything that matching must know about them:
 # where each vector is, which network made it, and what the scan's grid was. The networks are those of
-# [the model page](31_embed_model.ipynb), their input that of [the data page](30_embed_data.ipynb); the next page
-# [matches](34c_embed_match.ipynb).
+# [the model page](31_embed_model.ipynb), their input that of [the data page](30_embed_data.ipynb); the next pages
+# [search](34a_embed_search.ipynb) in them and [match points](34c_embed_match.ipynb).
 
 # %%
 #| default_exp embed.store
@@ -220,14 +220,14 @@ with raises(DataError, match="map 'fine' has shape"): replace(known, maps={"fine
 
 # %% [markdown]
 # ## Embedding a scan
-# A scan goes through the network at once, or in slabs along z. Slabs are exact: the network sees at most 28 network
-# voxels up and down, so a slab with 28 voxels more at either end has the same vectors inside. In the plane it sees 125
-# voxels, and tiles there would be mostly margin. Networks with group or instance normalisation see everything through
-# the statistics, and refuse slabs.
+# A scan goes through the network at once, or in slabs along z. Slabs are exact: a network of depth 18 sees at most 28
+# network voxels up and down, one of depth 34 at most 52, so a slab with so many voxels more at either end has the same
+# vectors inside. In the plane networks see 125 voxels or more to each side, and tiles there would be mostly margin.
+# Networks with group or instance normalisation see everything through the statistics, and refuse slabs.
 
 # %%
 #| export
-HALO = 28 # network voxels along z that a vector sees up or down, rounded up to the coarse stride
+HALO = {18: 28, 34: 52} # depth -> network voxels along z that a vector sees up or down, a multiple of the coarse stride
 
 def _forward(net: torch.nn.Module, x: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
     "Maps of one network volume (z, y, x)"
@@ -238,12 +238,11 @@ def _forward(net: torch.nn.Module, x: np.ndarray, device: torch.device, precisio
 def _in_slabs(net: torch.nn.Module, x: np.ndarray, slab: int, device: torch.device, precision: str
               ) -> dict[str, np.ndarray]:
     "The same, `slab` planes at a time"
-    step, parts = STRIDES["coarse"][0], []
+    halo, parts = HALO[net.cfg.depth], []
     for z in range(0, len(x), slab):
-        low, high = max(0, z - HALO), min(len(x), z + slab + HALO)
+        low, high = max(0, z - halo), min(len(x), z + slab + halo)
         maps, top = _forward(net, x[low:high], device, precision), min(len(x), z + slab)
         parts.append({h: m[:, (z - low)//STRIDES[h][0]:-(-(top - low)//STRIDES[h][0])] for h, m in maps.items()})
-    assert slab % step == 0
     return {h: np.concatenate([p[h] for p in parts], 1) for h in parts[0]}
 
 def _sees_everything(net: torch.nn.Module) -> bool:
@@ -318,12 +317,11 @@ with raises(DataError, match="normalises over the whole volume"):
 # %% [markdown]
 # ## On disk
 # Components of unit vectors of length 128 are around 0.09, so 8 bits with one scale for the whole map keep similarities
-# to about 0.01. The scale is chosen so that the largest component fits. Neighbours resemble each other, so along x the
-# differences are stored where they are smaller than the numbers; they wrap around at 8 bits, and adding them up gives
-# the same numbers. Every chunk carries a checksum, and none may be
-# missing: zarr reads an absent chunk as zeros, so the number of chunks is compared when a store is opened. (The body
-# mask is stored as 1 and 2 for that reason: nothing is ever all zero.) Attributes are covered by a digest of their
-# own.
+# to about 0.01. The component 1 is stored as 127, or as less if a larger one has to fit. Neighbours resemble each
+# other, so along x the differences are stored where they are smaller than the numbers; they wrap around at 8 bits, and
+# adding them up gives the same numbers. Every chunk carries a checksum, and none may be missing: zarr reads an absent
+# chunk as zeros, so the number of chunks is compared when a store is opened. (The body mask is stored as 1 and 2 for
+# that reason: nothing is ever all zero.) Attributes are covered by a digest of their own.
 
 # %%
 #| export
@@ -494,7 +492,7 @@ def embed(
     dtype: Literal["int8", "float16"] = "int8", # of the vectors
     device: str = "auto", # where the network runs
     precision: Precision = "fp32", # arithmetic
-    workers: int = 0, # processes; 0: in this one
+    workers: int = 0, # processes; 0: in this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "skip", # "skip": go on where it stopped
 ) -> dict: # numbers of scans and the folder

@@ -54,7 +54,6 @@ from medvol_nb.geometry import affine_from
 # | outside | the point is not in the scan; its nearest voxel was matched |
 # | flat | all neighbours of the best voxel are as similar: the place says nothing |
 # | invalid | no vector of the point, or none in the other scan, is finite and has a length; the place is the centre |
-#
 # | translation | [fixed points](34b_embed_cycle.ipynb): too few or in one plane, their mean shift was used |
 # | nn_fallback | fixed points: none, the nearest neighbour was used |
 
@@ -270,6 +269,8 @@ class Matcher:
         if refine not in ("parabola", "native", "voxel"):
             raise DataError(f"refine: must be parabola, native or voxel, got {refine!r}")
         if top_k < 1: raise DataError(f"top_k: must be >= 1, got {top_k}")
+        if self.calibration is not None and mode != "mutual":
+            raise DataError(f"calibration: needs the way back; match with mode='mutual', got {mode!r}")
         if mode == "fixed_point": return self._fixed(pts, cube, reach_mm, min_score)
         if self.calibration is not None: top_k = max(top_k, 2)
         options = {"refine": refine, "between": between}

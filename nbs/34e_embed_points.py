@@ -190,8 +190,8 @@ with raises(FormatError, match="point 2: three numbers"): read_points(write_json
 
 # %% [markdown]
 # ## One command
-# Scans or stores in, points out. A scan is embedded on the fly, a store is opened. `where` is the format of the result:
-# the matched positions, with what they say about themselves beside them where the format has room.
+# Scans or stores in, points out. A scan is embedded on the fly, a store is opened. The suffix of `out` decides the
+# format of the result: the matched positions, with what they say about themselves beside them where it has room.
 
 # %%
 #| export
@@ -210,7 +210,7 @@ def _embedding(source: str | os.PathLike, model: str | os.PathLike | None, devic
 def match(
     query: str | os.PathLike, # scan the points are in, or its embedding
     key: str | os.PathLike, # scan they are looked for in, or its embedding
-    points: str | os.PathLike, # .csv, .json, .mrk.json, .fcsv or .txt file of positions in the first
+    points: str | os.PathLike, # .csv, .json, .mrk.json, .fcsv, .txt or .pts file of positions in the first
     out: str | os.PathLike, # file of positions in the second; the suffix decides the format
     *,
     model: str | os.PathLike | None = None, # run folder or weights, to embed scans

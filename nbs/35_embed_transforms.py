@@ -556,7 +556,7 @@ with tmpdir() as d, raises(FormatError, match="transforms are"):
 # the order second, first, third axis, on $\lfloor n/G \rfloor$ control points: point $c$ sits at voxel $c\,n/m$. Its
 # affine is four rows of text, the columns of the matrix, in voxels. `read_deeds_field` gives a `Field` on the control
 # points, in mm, that needs no padding to multiples of anything and applies to any grid. The affine maps voxels of the
-# fixed to voxels of the moving image; both numbers of the pair of files refer to the NIfTI arrays that deeds was given.
+# fixed to voxels of the moving image. Voxels are those of the NIfTI arrays that deeds was given.
 
 # %%
 #| export

@@ -48,7 +48,7 @@ from medvol_nb.plot import montage
 
 # %% [markdown]
 # ## From level to level
-# Four levels: blocks of 6, 4, 3 and 2 voxels, steps of 3, 2, 1 and 1. Together they reach 26 voxels, 52 mm at 2 mm. At
+# Four levels: blocks of 6, 4, 3 and 2 voxels, steps of 3, 2, 1 and 1. Together they reach 25 voxels, 50 mm at 2 mm. At
 # each level the moving image is warped by what is known, both images look for each other, and the two answers are made
 # inverse to each other, ten times $u \leftarrow \frac12(u - \tilde u\circ(\mathrm{id} + u))$: where they disagree,
 # neither is believed. The result is *composed* with the field so far: $d + u\circ(\mathrm{id} + d)$. Adding, as the
@@ -257,8 +257,9 @@ assert size(refined - true).mean() < 1.2*size(u - true).mean()
 # ## In the world
 # Engines share one contract: two volumes, a first guess and masks go in, a displacement in mm on the fixed image's
 # field of view comes out. `"convex"` is the search above. `"deeds"` calls an installed deedsBCV with the published
-# parameters: arguments as a list, never a shell, files in a private folder. Volumes may have any grid and orientation;
-# the work is done on a grid of `spacing` mm along the fixed image's axes.
+# parameters: arguments as a list, never a shell, files in a private folder. It sees the two images alone: masks,
+# vectors, levels and steps of Adam are for the search. Volumes may have any grid and orientation; the work is done on a
+# grid of `spacing` mm along the fixed image's axes.
 
 # %%
 #| export

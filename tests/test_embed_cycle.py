@@ -117,3 +117,5 @@ def test_wrong_options(pair):
         Matcher(*pair).match([[0, 0, 0]], "fixed_point", cube=9)
     with pytest.raises(DataError, match="reach_mm"):
         Matcher(*pair).match([[0, 0, 0]], "fixed_point", reach_mm=0)
+    with pytest.raises(DataError, match="pairs: must be stable or all"):
+        fixed_points(None, None, np.zeros((1, 3)), pairs="every")

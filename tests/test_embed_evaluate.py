@@ -179,6 +179,9 @@ def test_evaluate_landmarks_labels_and_fields(tmp_path):
     write_points(tmp_path / "b.mrk.json", pts[::-1] + [3, 4, 0], names[::-1])
     m = evaluate(tmp_path / "a.csv", tmp_path / "l", tmp_path / "b.mrk.json")
     assert m["kind"] == "landmarks" and abs(m["mean"] - 5) < 1e-6 and m["within_5mm"] + m["within_10mm"] > 0.9
+    write_points(tmp_path / "c.csv", pts, [*names[1:], "other"])
+    with pytest.raises(DataError, match="some are not, such as 'n0'"):
+        evaluate(tmp_path / "a.csv", tmp_path / "l3", tmp_path / "c.csv")
     shift = np.eye(4)
     shift[:3, 3] = [-3, -4, 0]
     write_transform(Transform((shift,)), tmp_path / "t.tfm")

@@ -150,6 +150,18 @@ def test_E7_pruning_is_exact_and_says_how_much():
     assert torch.equal(where, search(place, learned)[0]) and skipped > 0.8
 
 
+def test_pruning_is_exact_where_stored_vectors_are_longer_than_1():
+    "Few levels of stored integers make some vectors longer, so one with a lower coarse share may win"
+    emb = position_embedding(header((60, 56, 48), (4.0, 4.0, 4.0)))
+    node = np.array([10, 12, 14])
+    emb.maps["fine"][:, 10, 12, 24] = 1.2 * emb.maps["fine"][(slice(None), *node)]
+    side = make_side(emb, ("fine", "coarse"), CPU)
+    fine, coarse, _ = page.descriptors(side, torch.from_numpy(node[None].astype(float)))
+    query = make_query(side, fine, coarse)
+    full, pruned = search(side, query)[0], search_pruned(side, query)[0]
+    assert full[0, 0].tolist() == pruned[0, 0].tolist() == [10, 12, 24]
+
+
 def test_batches_order_and_storage_do_not_matter(tmp_path):
     a, b = random_pair(c=32)
     pts = a.fine.to_world(rng_for(0, "n").uniform(1, np.array(a.fine.shape) - 2, (300, 3)))
@@ -204,6 +216,9 @@ def test_a_calibrated_score_is_a_probability(tmp_path):
     assert again == cal
     conf = Matcher(a, b, heads=("fine",), calibration=again).match(pts[150:]).confidence
     np.testing.assert_allclose(conf, said, atol=1e-5)
+    for mode in ("nn", "fixed_point"):
+        with pytest.raises(DataError, match="needs the way back"):
+            Matcher(a, b, heads=("fine",), calibration=again).match(pts, mode)
     with pytest.raises(DataError, match="calibration: made by model"):
         Matcher(replace(a, model="x"), replace(b, model="x"), calibration=again)
 

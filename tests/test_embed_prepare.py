@@ -160,6 +160,13 @@ def test_later_organs_win_overlaps_are_counted_missing_ones_are_warnings(tmp_pat
     assert same_grid(img, lbl) and merge_totalseg(case, [f"x{k}" for k in range(300)] + ["liver"])[1].dtype == np.uint16
 
 
+def test_organ_masks_may_hold_255(tmp_path):
+    case = totalseg(tmp_path, 1)/"s0"
+    save(((person().lbl == 2)*255).astype(np.uint8), case/"segmentations"/"liver.nii.gz")
+    lbl = merge_totalseg(case, ["liver", "spleen"])[1].data
+    assert (lbl == 1).sum() == (person().lbl == 2).sum() > 0
+
+
 def test_given_labels_are_used_and_checked(tmp_path):
     root = totalseg(tmp_path/"in", 1)
     told = prepare(root, tmp_path/"out", kind="totalseg", labels=["liver", "spleen"])
@@ -200,6 +207,17 @@ def test_outputs_can_be_trained_on(tmp_path, workers, suffix):
     assert told["files"] == 2 and (tmp_path/"out"/"regions"/f"c1{suffix}").exists()
     views = ViewSet(read_cases(tmp_path/"out"), 5, sampler=ViewSampler("masksample", (12, 16, 16), 5))
     assert views.draw(0, rng_for(0))["images"].shape == (2, 12, 16, 16)
+
+
+def test_regions_have_the_contrast_that_was_named(tmp_path):
+    "A CT that shows nothing but tissue looks like an MR; its regions are found as those of a CT if it is called one"
+    img = rng_for(0, "tissue").normal(40, 15, (60, 50, 30)).astype(np.int16)
+    img[:30] += 80
+    save(img, tmp_path/"in"/"c.nii.gz")
+    for contrast in ("ct", "auto"):
+        prepare(tmp_path/"in", tmp_path/contrast, spacing=5, contrast=contrast, crop=False, regions=True)
+    found = {c: read_volume(tmp_path/c/"regions"/"c.zarr").data for c in ("ct", "auto")}
+    assert (found["ct"] > 0).all() and not (found["auto"] > 0).all()
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path):

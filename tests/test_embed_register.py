@@ -159,6 +159,12 @@ def test_wrong_input_is_named(tmp_path):
         register(tmp_path / "empty", tmp_path / "out")
 
 
+def test_scans_without_a_partner_are_told(pairs, caplog):
+    for name in ("p2_0003", "p3_0001"): (pairs / f"pairs/{name}.nii.gz").touch()
+    with caplog.at_level("WARNING"): assert sorted(module._pairs(pairs / "pairs", None)) == ["p1", "p2"]
+    assert "2 scans are left out, first p2_0003.nii.gz" in caplog.text
+
+
 def test_window_holds_the_turned_image():
     "No corner of the moving image is cut off by the window of the search"
     thin = Volume(phantoms.head((20, 60, 20), spacing=4.0).img, HERE)

@@ -137,7 +137,8 @@ def test_branches_are_shared_and_far_batches_are_quick():
     (lambda: MixedBatchSampler([3], 2, rank=2, world=2), ConfigError, "rank: must be"),
     (lambda: MixedBatchSampler([3, 3], 2, tail=5), ConfigError, "tail: must be"),
     (lambda: MixedBatchSampler({"a": 2}, slots={"a": 1}, odds={"b": 1}), ConfigError, "odds: need numbers"),
-    (lambda: MixedBatchSampler({"a": 2}, slots={"a": 1}, odds={"a": 0}), ConfigError, "odds: need numbers")])
+    (lambda: MixedBatchSampler({"a": 2}, slots={"a": 1}, odds={"a": 0}), ConfigError, "odds: need numbers"),
+    (lambda: MixedBatchSampler({"a": 2}, slots={"a": 1}, odds={}), ConfigError, "odds: need numbers")])
 def test_wrong_settings_are_refused(call, kind, word):
     with raises(kind, match=word): call()
 
@@ -289,12 +290,19 @@ def test_folders_are_read_by_index_or_by_name(tmp_path):
     (tmp_path/"done"/"images"/"b.nii.gz").unlink()
     with raises(MissingFile, match="lists b"): read_cases(tmp_path/"done")
     with raises(DataError, match="holds no scans"): read_cases(tmp_path)
+    write_volume(img, tmp_path/"done"/"images"/"a.nii.gz") # cached sources and suffixes go by the name
+    with raises(DataError, match="several scans are called 'a'"): read_cases(tmp_path/"done"/"images")
 
 
 def test_scans_in_memory_are_dropped_beyond_the_cache():
     views = ViewSet(cases(4), 6, sampler=SMALL, cache_bytes=2*scan(0)[0].data.nbytes)
     for k in range(8): views.draw(k % 4, rng_for(k))
-    assert 1 <= len(views._shelf.open) <= 2
+    assert len(views._shelf.open) == 1 # two scans would fit, but not with their masks
+
+
+def test_a_kind_without_slots_does_not_make_an_epoch_longer():
+    few, many = ViewSet(cases(2), 6, sampler=SMALL), OrganSet(cases(4)*3, 6)
+    assert MixedBatches({"views": [few], "organs": [many]}, {"views": 1, "organs": 0}).steps() == 2
 
 
 # --------------------------------------------------------------------------------------------------------- training

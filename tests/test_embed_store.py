@@ -120,11 +120,19 @@ def test_P3_slabs_have_the_vectors_of_the_whole(net, planes):
         np.testing.assert_allclose(slabs.maps[h], whole.maps[h], atol=2e-6)
 
 
+def test_slabs_of_a_deeper_network_have_the_vectors_of_the_whole():
+    "Depth 34 sees 52 network voxels up and down"
+    net = build_model(ModelConfig(width=8, emb=16, depth=34), seed=3).eval()
+    vol = Volume(rng_for(0, "v").normal(0, 300, (20, 24, 240)).astype(np.float32), affine_from((4, 4, 1.0)))
+    whole, slabs = (embed_volume(net, vol, slab=s, device="cpu", body=None) for s in (None, 12))
+    for h in whole.maps: np.testing.assert_allclose(slabs.maps[h], whole.maps[h], atol=2e-6)
+
+
 def test_slabs_with_a_smaller_halo_would_differ(net, monkeypatch):
     "So the test above can fail"
     vol = Volume(rng_for(0, "v").normal(0, 300, (20, 24, 120)).astype(np.float32), affine_from((4, 4, 1.0)))
     whole = embed_volume(net, vol, device="cpu", body=None)
-    monkeypatch.setattr(page, "HALO", 8)
+    monkeypatch.setattr(page, "HALO", {18: 8})
     slabs = embed_volume(net, vol, slab=12, device="cpu", body=None)
     assert np.abs(slabs.maps["coarse"] - whole.maps["coarse"]).max() > 1e-4
 

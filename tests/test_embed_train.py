@@ -14,7 +14,7 @@ import torch
 
 from medvol_nb import phantoms
 from medvol_nb.checkpoints import load_checkpoint
-from medvol_nb.core import ConfigError, DataError, read_csv
+from medvol_nb.core import ConfigError, DataError, MissingFile, read_csv
 from medvol_nb.embed import train as module
 from medvol_nb.embed.config import PRESETS, EmbeddingConfig, preset, settings, tiny
 from medvol_nb.embed.data import network_volume
@@ -91,6 +91,11 @@ def test_all_problems_of_a_file_are_told(tmp_path):
         settings(tmp_path/"a.yaml")
 
 
+@pytest.mark.parametrize("odds", ["[0,0]", "[1,-1]", "[1]"])
+def test_odds_of_images_that_cannot_be_drawn_are_refused(odds):
+    with pytest.raises(ConfigError, match="suffix_odds: "): settings(None, "ct_mri_intra", [f"suffix_odds={odds}"])
+
+
 # ---- what a batch becomes
 
 def test_D01_a_single_dataset_trains(scans, tmp_path):
@@ -122,6 +127,8 @@ def test_D19_nothing_is_defined_twice():
 
 
 def test_D20_the_second_stage_does_not_start_from_nothing(scans, tmp_path):
+    with pytest.raises(MissingFile, match="nothing.pth"):
+        quick(scans, tmp_path/"run", start_from=tmp_path/"nothing.pth", dry_run=True)
     with pytest.raises(ConfigError, match="this stage continues another one"):
         quick(scans, tmp_path/"run", preset="ct_mri_inter", pairs=[scans], more=['suffixes=["_0000","_0001"]'])
 

@@ -62,7 +62,7 @@ class EmbeddingConfig(Config):
     pairs_crop: tuple[int, int, int] = (104, 128, 128) # (z, y, x) largest box of a registered pair [network voxel]
     slots: dict[Kind, int] = {"views": 6} # samples of each kind in a batch, in each process
     odds: dict[Kind, float] | None = None # a batch has one kind, with these odds; None: all kinds
-    per_epoch: int | None = Field(None, ge=1) # steps in an epoch; None: what shows every scan once
+    per_epoch: int | None = Field(None, ge=1) # steps in an epoch; None: items of the largest kind over its slots
     start_from: ConfigPath | None = None # first weights: run folder, .safetensors, published .pth or a 2-D ResNet
     needs_start: bool = False # refuse to begin with random weights
     workers: int = Field(0, ge=0) # loading processes
@@ -78,6 +78,8 @@ class EmbeddingConfig(Config):
             raise ValueError("model.heads: samples with organs need the head 'semantic'")
         if self.suffix_odds and len(self.suffix_odds) != len(self.suffixes):
             raise ValueError(f"suffix_odds: {len(self.suffix_odds)} numbers for {len(self.suffixes)} suffixes")
+        if self.suffix_odds and (min(self.suffix_odds) < 0 or not sum(self.suffix_odds) > 0):
+            raise ValueError(f"suffix_odds: need numbers >= 0, not all of them 0, got {list(self.suffix_odds)}")
         return self
 
     @property

@@ -77,6 +77,7 @@ def fixed_points(
     "Match points through the stable pairs of voxels around them"
     if cube < 0 or cube > 5: raise DataError(f"cube: must be 0...5, got {cube}")
     if not reach_mm > 0: raise DataError(f"reach_mm: must be > 0, got {reach_mm}")
+    if pairs not in ("stable", "all"): raise DataError(f"pairs: must be stable or all, got {pairs!r}")
     n = len(points_mm)
     out = FixedPoints(np.zeros((n, 3)), np.full(n, -1.0), np.full(n, -1.0), np.zeros(n, int), np.full(n, np.inf),
                       np.full(n, "nn_fallback", "U16"))

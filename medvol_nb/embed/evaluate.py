@@ -238,7 +238,7 @@ def track_lesions(
     mode: Literal["nn", "mutual", "fixed_point"] = "fixed_point", # how points are matched
     device: str = "cpu", # where to compute
     cube: int = 1, # 'fixed_point': voxels around the point on each side
-    workers: int = 0, # processes that share the pairs of scans; 0: this one
+    workers: int = 0, # processes that share the pairs of scans; 0: this one, -1: one per processor
 ) -> tuple[np.ndarray, list[dict[str, Any]]]: # (n, 3) x, y, z in voxels of the list, and a row a pair: score, status
     "Find each lesion in the next scan, with embeddings"
     folder, found, rows = Path(stores), np.zeros((len(pairs), 3)), [{} for _ in pairs]
@@ -265,7 +265,7 @@ Kind = Literal["lesions", "landmarks", "labels", "field"]
 def _kind_of(path: str | os.PathLike) -> str:
     "What a file holds, by its name and, for JSON, its content"
     name = os.fspath(path).lower()
-    if name.endswith((".tfm", ".h5")): return "field"
+    if name.endswith((".tfm", ".h5", ".hdf5")): return "field"
     if name.endswith(".json") and not name.endswith(".mrk.json"):
         tree = read_json(path)
         first = next(iter(tree.values()), None) if isinstance(tree, dict) and "points" not in tree else None
@@ -304,7 +304,11 @@ def _lesions(reference: Any, found: Any, resamples: int, seed: int, dask: str | 
 def _landmarks(reference: Any, found: Any, transform: Any, resamples: int, seed: int) -> tuple[dict, list, dict]:
     wanted, own = read_points(reference), read_points(found)
     if len(own) != len(wanted): raise DataError(f"{found}: {len(own)} landmarks, {len(wanted)} in {reference}")
-    if len(set(wanted.names)) == len(wanted) and set(own.names) == set(wanted.names): # by name, if the names agree
+    both, other = set(own.names) & set(wanted.names), set(own.names) ^ set(wanted.names)
+    if both and other:
+        raise DataError(f"{found}: some landmarks are named as in {reference} and some are not, such as "
+                        f"{min(other)!r}. Give them the same names, or none")
+    if len(both) == len(wanted): # by name; else in the order of the files
         order = [own.names.index(n) for n in wanted.names]
         own = type(own)(own.xyz[order], wanted.names)
     at = own.xyz if transform is None else read_transform(transform)(own.xyz)
@@ -341,7 +345,7 @@ def evaluate(
     device: str = "cpu", # where to compute
     resamples: int = 2000, # for confidence intervals
     seed: int = 0, # of their draws
-    workers: int = 0, # lesions: processes that share the pairs of scans; 0: this one
+    workers: int = 0, # lesions: processes that share the pairs of scans; 0: this one, -1: one per processor
     dask: str | None = None, # lesions: address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "error", # what to do when `out` is there already
 ) -> dict: # the metrics and the folder

@@ -9,6 +9,7 @@ __all__ = ['CROSS_Z_MM', 'coarse_labels', 'prototypes', 'prototype_loss', 'neare
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,10 @@ def prototype_loss(
     labels: Sequence[torch.Tensor], # (Z, Y, X) integer labels of each volume, on the network's grid
     tau: float = 0.1, # temperature
     *,
-    over: str = "voxels", # "voxels": as published, or "prototypes": bounded by 0
+    over: Literal["voxels", "prototypes"] = "voxels", # "voxels": as published; "prototypes": bounded by 0
 ) -> torch.Tensor: # scalar
     "Gather the vectors of an organ, over several volumes"
+    if over not in ("voxels", "prototypes"): raise DataError(f"over: must be voxels or prototypes, got {over!r}")
     small = [coarse_labels(v) for v in labels]
     for m, v in zip(maps, small, strict=True):
         if m.shape[1:] != v.shape: raise DataError(f"prototypes: map {tuple(m.shape)} for labels {tuple(v.shape)}")

@@ -221,6 +221,8 @@ class Matcher:
         if refine not in ("parabola", "native", "voxel"):
             raise DataError(f"refine: must be parabola, native or voxel, got {refine!r}")
         if top_k < 1: raise DataError(f"top_k: must be >= 1, got {top_k}")
+        if self.calibration is not None and mode != "mutual":
+            raise DataError(f"calibration: needs the way back; match with mode='mutual', got {mode!r}")
         if mode == "fixed_point": return self._fixed(pts, cube, reach_mm, min_score)
         if self.calibration is not None: top_k = max(top_k, 2)
         options = {"refine": refine, "between": between}

@@ -28,13 +28,13 @@ def plan_stages(
     if rounds < 1: raise ConfigError(f"rounds: must be >= 1, got {rounds}")
     out = [("sam", "sam_NIHLN")] if scans else []
     if organs:
-        if not scans: raise ConfigError("organs: SAM++ also needs scans for views (--scans)")
+        if not scans: raise ConfigError("organs: SAM++ also needs scans for views")
         out.append(("sampp", "samv2_NIHLN"))
     if pairs is not None:
         out += [("pairs", "prepare"), ("intra", "ct_mri_intra")]
         for k in range(1, rounds + 1):
             out += [(f"registered{k}", "register"), (f"prepared{k}", "prepare"), (f"inter{k}", "ct_mri_inter")]
-    if not out: raise ConfigError("no stage: give scans, or pairs (--scans, --pairs)")
+    if not out: raise ConfigError("no stage: give scans, or pairs")
     return out
 
 # %% ../../nbs/37_embed_pipeline.ipynb #_tolerant

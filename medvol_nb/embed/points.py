@@ -161,7 +161,7 @@ def _embedding(source: str | os.PathLike, model: str | os.PathLike | None, devic
 def match(
     query: str | os.PathLike, # scan the points are in, or its embedding
     key: str | os.PathLike, # scan they are looked for in, or its embedding
-    points: str | os.PathLike, # .csv, .json, .mrk.json, .fcsv or .txt file of positions in the first
+    points: str | os.PathLike, # .csv, .json, .mrk.json, .fcsv, .txt or .pts file of positions in the first
     out: str | os.PathLike, # file of positions in the second; the suffix decides the format
     *,
     model: str | os.PathLike | None = None, # run folder or weights, to embed scans

@@ -140,8 +140,8 @@ class Alignment:
     "An affine between two images, and how it came about"
     transform: Transform # fixed -> moving
     estimate: Estimate # of the last round of block matches
-    likeness: float # of the images' codes afterwards, 1 is equal
-    source: str # 'matches' or 'search'
+    likeness: float # of the images' codes afterwards, 1 is equal; NaN if the guess was given
+    source: str # 'matches', 'search' or 'given'
     tried: tuple[float, ...] # likeness of every guess, refined
 
 LEAST_LIKENESS = 0.05 # two volumes of noise reach 0.01, CT and MR of a head 0.56
@@ -318,9 +318,14 @@ def _pairs(fixed: Path, moving: Path | None) -> dict[str, tuple[Path, Path]]:
             if not p.exists(): raise MissingFile(f"{p} does not exist")
         return {stem_of(moving): (fixed, moving)}
     if not fixed.is_dir(): raise MissingFile(f"{fixed} is not a folder. Give a folder of pairs, or two files")
-    found = {name + tail: (files["0000"], files[end]) for name, files in pair_files(fixed).items()
+    cases = pair_files(fixed)
+    found = {name + tail: (files["0000"], files[end]) for name, files in cases.items()
              for end, tail in (("0001", ""), ("0002", "_t2")) if {"0000", end} <= files.keys()}
     if not found: raise DataError(f"{fixed}: holds no pairs <id>_0000 and <id>_0001")
+    used = {p for pair in found.values() for p in pair}
+    if left := [p.name for files in cases.values() for p in files.values() if p not in used]:
+        log.warning("%s: %d scans are left out, first %s: not in a pair of <id>_0000 with <id>_0001 or <id>_0002",
+                    fixed, len(left), left[0])
     return found
 
 def register(
@@ -334,7 +339,7 @@ def register(
     max_angle: float = 30.0, # largest rotation about each axis that is searched [degree]
     embedder: str | os.PathLike | None = None, # trained network for the first guess; without it, search
     device: str = "auto", # where the network runs
-    workers: int = 0, # processes; 0: in this one
+    workers: int = 0, # processes; 0: in this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "skip", # "skip": go on where it stopped
 ) -> dict: # number of pairs and the folder

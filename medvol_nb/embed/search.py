@@ -35,6 +35,7 @@ class Side:
     usable: torch.Tensor # (z, y*x) bool, vectors that are finite and have a length
     scale: torch.Tensor # (c) float32, what stored rows are multiplied with
     heads: int # cosines in a score
+    longest: float # length of the longest vector of a fine head; stored integers make some longer than 1
     axes: tuple[torch.Tensor, ...] # three interpolation matrices, coarse to fine: (z, z'), (y, y'), (x, x')
     tiles: tuple[Tile, ...] # of a plane
 
@@ -74,7 +75,7 @@ def make_side(
     width = [int(emb.maps[h].shape[0]) for h in parts]
     rows = torch.empty((nz, ny*nx, sum(width)), dtype=getattr(torch, kind), device=device)
     usable = torch.ones((nz, ny*nx), dtype=torch.bool, device=device)
-    where = str(emb.info.get("path", "embedding"))
+    where, longest = str(emb.info.get("path", "embedding")), 1.0
     for z in range(0, nz, 8):
         at = 0
         for h, c in zip(parts, width):
@@ -83,7 +84,9 @@ def make_side(
             slab = torch.from_numpy(np.ascontiguousarray(slab)).to(device).reshape(c, -1, ny*nx).permute(1, 2, 0)
             wide = slab.float()
             length = wide.square().sum(-1)/emb.scales.get(h, 1.0)**(0 if kind == "float32" else 2)
-            usable[z:z + 8] &= torch.isfinite(length) & (length > 0.01) & (length < 4)
+            good = torch.isfinite(length) & (length > 0.01) & (length < 4)
+            longest = max(longest, float(torch.where(good, length, 0).max())**0.5)
+            usable[z:z + 8] &= good
             rows[z:z + 8, :, at:at + c] = slab
             at += c
     if rows.is_floating_point() and not bool(usable.all()): rows[~usable] = 0
@@ -103,7 +106,7 @@ def make_side(
     if restrict and emb.body is not None:
         allowed &= torch.from_numpy(np.asarray(emb.body, bool)).reshape(nz, -1).to(device)
     if not bool(allowed.any()): allowed = usable.clone()
-    return Side(emb, rows, coarse, inverse, allowed, usable, scale, len(heads), matrices,
+    return Side(emb, rows, coarse, inverse, allowed, usable, scale, len(heads), longest, matrices,
                 _tiles(emb.fine.shape, matrices, device))
 
 # %% ../../nbs/34a_embed_search.ipynb #_corners
@@ -262,7 +265,7 @@ def search_pruned(
     flat = torch.zeros((n, k), dtype=torch.int64, device=device)
     places = torch.nonzero(side.allowed.reshape(-1))[:, 0]
     az, ay, ax = side.axes
-    room = (side.heads - 1)/side.heads*1.01 # stored integers make lengths slightly larger than 1
+    room = (side.heads - 1)/side.heads*side.longest*1.0001 # and what rounding adds
     full = len(places) == side.allowed.numel()
     rows, inverse = side.rows.reshape(-1, side.rows.shape[2]), side.inverse_norm.reshape(-1)
     for i in range(n if len(places) else 0):

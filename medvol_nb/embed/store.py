@@ -152,7 +152,7 @@ def position_embedding(
     return Embedding(maps, grid, NetGrid(native.shape, native.affine), f"waves-{c}-{seed}", info={"source": "waves"})
 
 # %% ../../nbs/34_embed_store.ipynb #HALO
-HALO = 28 # network voxels along z that a vector sees up or down, rounded up to the coarse stride
+HALO = {18: 28, 34: 52} # depth -> network voxels along z that a vector sees up or down, a multiple of the coarse stride
 
 def _forward(net: torch.nn.Module, x: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
     "Maps of one network volume (z, y, x)"
@@ -163,12 +163,11 @@ def _forward(net: torch.nn.Module, x: np.ndarray, device: torch.device, precisio
 def _in_slabs(net: torch.nn.Module, x: np.ndarray, slab: int, device: torch.device, precision: str
               ) -> dict[str, np.ndarray]:
     "The same, `slab` planes at a time"
-    step, parts = STRIDES["coarse"][0], []
+    halo, parts = HALO[net.cfg.depth], []
     for z in range(0, len(x), slab):
-        low, high = max(0, z - HALO), min(len(x), z + slab + HALO)
+        low, high = max(0, z - halo), min(len(x), z + slab + halo)
         maps, top = _forward(net, x[low:high], device, precision), min(len(x), z + slab)
         parts.append({h: m[:, (z - low)//STRIDES[h][0]:-(-(top - low)//STRIDES[h][0])] for h, m in maps.items()})
-    assert slab % step == 0
     return {h: np.concatenate([p[h] for p in parts], 1) for h in parts[0]}
 
 def _sees_everything(net: torch.nn.Module) -> bool:
@@ -363,7 +362,7 @@ def embed(
     dtype: Literal["int8", "float16"] = "int8", # of the vectors
     device: str = "auto", # where the network runs
     precision: Precision = "fp32", # arithmetic
-    workers: int = 0, # processes; 0: in this one
+    workers: int = 0, # processes; 0: in this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "skip", # "skip": go on where it stopped
 ) -> dict: # numbers of scans and the folder

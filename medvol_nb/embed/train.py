@@ -210,6 +210,16 @@ def _about_files(cases: Sequence[Case]) -> list[list[Any]]:
     return [[c.name, *([Path(p).name, describe(p, content=False)["bytes"]] for p in (*c.images, *c.masks, *c.regions)
                        if isinstance(p, (str, os.PathLike)))] for c in cases]
 
+def _begin(cfg: EmbeddingConfig) -> tuple[nn.Module, str, torch.device]:
+    "The network that a training begins with, the digest of the weights it was given ('' for none), and the device"
+    device = device_for(cfg.fit.device)
+    if cfg.model.norm == "syncbn" and device.type == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("model.norm: syncbn needs GPUs when there are several processes. Use gn (model.norm=gn)")
+    if cfg.needs_start and cfg.start_from is None:
+        raise ConfigError(f"{cfg.name}: this stage continues another one. Name its weights: start_from (--start-from)")
+    net = build_model(cfg.model, cfg.fit.seed)
+    return net, load_start(net, cfg.start_from) if cfg.start_from is not None else "", device
+
 def train_network(
     batches: MixedBatches, # from `make_batches`
     cfg: EmbeddingConfig, # settings
@@ -221,13 +231,7 @@ def train_network(
     callbacks: Sequence[Callable[[str, FitState], None]] = (), # told 'start', 'step', 'epoch', 'validate', 'end'
 ) -> FitResult: # steps, best number, log, path of the weights
     "Train an embedding network"
-    device = device_for(cfg.fit.device)
-    if cfg.model.norm == "syncbn" and device.type == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("model.norm: syncbn needs GPUs when there are several processes. Use gn (model.norm=gn)")
-    if cfg.needs_start and cfg.start_from is None:
-        raise ConfigError(f"{cfg.name}: this stage continues another one. Name its weights: start_from (--start-from)")
-    net = build_model(cfg.model, cfg.fit.seed)
-    started = load_start(net, cfg.start_from) if cfg.start_from is not None else ""
+    net, started, device = _begin(cfg)
     about = EmbedderConfig(model=cfg.model, spacing=cfg.spacing, intensity=cfg.intensity, name=cfg.name)
     data = fingerprint([[k, *(_about_files(s.cases) for s in sets)] for k, sets in batches.sets.items()])
     identity = {"embedder": plain(about), "data": data, "start": started,
@@ -271,6 +275,7 @@ def train(
     held_out = make_batches(Folders(_folders(val)), cfg.model_copy(update={"slots": {"views": 1}, "odds": None})
                             ).sets["views"] if len(_folders(val)) else ()
     if dry_run:
+        _begin(cfg)
         return {"run": str(out), "name": cfg.name, "kinds": list(cfg.kinds), "steps": cfg.fit.steps,
                 "scans": {k: sum(len(s) for s in sets) for k, sets in batches.sets.items()}}
     done = train_network(batches, cfg, out_dir=out, held_out=held_out, on_exists=on_exists, stop_at=stop_at)
