@@ -4170,6 +4170,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'medvol_nb.zarrnet.remote': { 'medvol_nb.zarrnet.remote.Passing': ( 'zarrnet_remote.html#passing',
                                                                                 'medvol_nb/zarrnet/remote.py'),
                                           'medvol_nb.zarrnet.remote.Remote': ('zarrnet_remote.html#remote', 'medvol_nb/zarrnet/remote.py'),
+                                          'medvol_nb.zarrnet.remote.Remote._ask': ( 'zarrnet_remote.html#remote._ask',
+                                                                                    'medvol_nb/zarrnet/remote.py'),
                                           'medvol_nb.zarrnet.remote.Remote._cat': ( 'zarrnet_remote.html#remote._cat',
                                                                                     'medvol_nb/zarrnet/remote.py'),
                                           'medvol_nb.zarrnet.remote.Remote._fs': ( 'zarrnet_remote.html#remote._fs',

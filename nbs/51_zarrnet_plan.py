@@ -68,7 +68,7 @@ class NetworkConfig(Config):
     "What the network looks like; `model_config` in files"
     preset: Literal["resenc", "seed", "auto"] = "resenc" # family of networks
     f_maps: LevelCounts = None # channels of each level, or those of the first, doubled up to 320
-    num_levels: int | None = Field(None, ge=2) # default: as many as f_maps has
+    num_levels: int | None = Field(None, ge=2) # default: as many as f_maps lists; 6 if it is a number, 4 without it
     norm: Literal["instance", "group", "batch"] | None = None # normalisation; default: group for seed, else instance
     num_groups: int = Field(8, ge=1) # of group norm
     nonlin: Literal["leaky_relu", "relu", "elu"] | None = None # default: relu for seed, else leaky_relu

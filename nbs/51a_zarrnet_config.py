@@ -3,8 +3,9 @@
 #
 # > One typed file says what a network reads, learns and writes; every rule is checked before any data is opened.
 #
-# The system that this family follows ([multi-task-3d-resencoder-unet](https://github.com/bruniss)) is driven by one
-# JSON file. Of its keys, six were documented and never read, three were read under another name, and a misspelt one was
+# The system that this family follows
+# ([multi-task-3d-resencoder-unet](https://github.com/bruniss/multi-task-3d-resencoder-unet)) is driven by one JSON
+# file. Of its keys, six were documented and never read, three were read under another name, and a misspelt one was
 # ignored; a night of training told nobody. Here the same file loads unchanged, and so do the files of its successors,
 # but every key is known, every rule is checked, and all problems come in one message with their places in the file.
 #
@@ -28,7 +29,7 @@ from pydantic import (AfterValidator, BeforeValidator, ConfigDict, Field, PlainS
                       ValidationError, ValidationInfo, field_validator, model_validator)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from medvol_nb.config import Config, ConfigPath, _known_keys, load_config, parse_settings
+from medvol_nb.config import Config, ConfigPath, _known_keys, load_config, parse_overrides, parse_settings
 from medvol_nb.core import _read_text, log
 from medvol_nb.zarrnet.plan import (NetworkConfig, NetworkPlan, _listed, _plan_problems, auto_levels, plan_network,
                                     size_problem)
@@ -55,7 +56,9 @@ Size3 = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
 Activation = Literal["none", "sigmoid", "softmax"]
 Kind = Literal["binary", "multiclass", "normals", "regression"]
 
-def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    "Whether it is a number that an array can hold; True and False are none"
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64)
 
 def _store(value: str, info: ValidationInfo) -> str:
     "A local path starts from the folder of the settings file, an address stays as it is"
@@ -144,7 +147,7 @@ class TrainParams(Config):
     val_split_mode: Literal["block", "volume", "random"] = "block" # unit that is given to validation
     val_block: Size3 | None = None # edge of a block [voxel]; default: 4 patches
     keep_checkpoints: int = Field(10, ge=0) # newest kept; 0: all
-    keep_best: int = Field(1, ge=0) # best kept
+    keep_best: Literal[1] = 1 # best weights kept, as best.safetensors
     ema_decay: float | None = Field(None, gt=0, lt=1) # average of the weights
     deep_supervision: bool = False # losses at coarse levels, too
     compile: bool = False # torch.compile
@@ -178,9 +181,9 @@ class InferenceParams(Config):
     patch_size: Size3 | None = None # (z, y, x) [voxel]; default: the checkpoint's
     batch_size: int = Field(2, ge=1) # patches a forward pass
     checkpoint_path: ConfigPath | None = None # trained network
-    num_dataloader_workers: int = Field(4, ge=0) # reading threads
+    num_dataloader_workers: int = Field(4, ge=0) # 0: read between batches; else a thread reads ahead
     input_path: StorePath | None = None # volume to predict
-    input_format: Literal["auto", "zarr", "ome-zarr", "tif"] = "zarr" # of the input
+    input_format: Literal["auto", "zarr", "ome-zarr", "tif"] = "auto" # of the input; refused if it is another one
     output_dir: ConfigPath = Field(".", validate_default=True) # gets predictions.zarr
     output_format: Literal["zarr", "ome-zarr", "tif"] = "zarr" # of the output
     output_type: Annotated[str | dict[str, str], BeforeValidator(_dtypes)] = "auto" # auto: normals uint16, others uint8
@@ -336,7 +339,7 @@ class DatasetParams(Config):
     grid_origin: Literal["volume", "label_bbox"] = "volume" # where the grid of candidates starts
     end_aligned: bool = False # also a last candidate on each axis
     use_cache: bool = True # keep the patches that were found
-    cache_file: ConfigPath | None = None # where; default: valid_patches.json
+    cache_file: ConfigPath | None = None # where; default: valid_patches.json in the current folder
     cache_folder: ConfigPath | None = None # where, with an automatic name
     cache_floor: Fraction = 0.5 # part of the thresholds down to which candidates are kept
     normalization: Literal["none", "scale", "minmax", "zscore", "zscore_patch", "robust",
@@ -587,8 +590,11 @@ class ZarrConfig(Config):
         overrides: Mapping[str, Any] | Iterable[str] = (), # dotted key -> value, or 'key=value' strings
     ) -> "ZarrConfig":
         "Read settings; relative paths start from the folder of the file"
+        overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
         cfg = load_config(cls, path, overrides)
         data, lines = parse_settings(_read_text(path, 2**24), str(path))
+        for place in (tuple(key.split(".")) for key in overrides): # not from a line of the file
+            lines = {**{loc: n for loc, n in lines.items() if loc[:len(place)] != place}, place: 0}
         cfg._lines = _Lines(lines | {loc: lines[old] for loc, old in _arrange(data)[1].items() if old in lines})
         return cfg
 
@@ -661,8 +667,8 @@ assert "model_config" in cfg.to_dict() and cfg.volumes[1].paths["sheet"].endswit
 assert [v.name for v in cfg.volumes] == ["a", "b"] and cfg.cache_path.name == "cache.json"
 
 # %% [markdown]
-# And a file with one of everything that can be wrong: a misspelt key, a wrong type, a volume without a path, a patch
-# that the network cannot halve five times.
+# And a file with one of everything that can be wrong: a misspelt key, a wrong type, a volume without a path, a path of
+# no target, an activation that does not fit, a patch that the network cannot halve five times.
 
 # %%
 wrong = json.loads(json.dumps(example))

@@ -6,12 +6,13 @@
 # Labels of large volumes are sparse: most of the volume was never annotated. So a training first looks for the patches
 # that hold enough label: a patch is taken if the tight box around its labelled voxels fills most of it, and if enough
 # of its voxels are labelled. The reference system reads every candidate. Candidates overlap by half, and a patch of
-# $64 \times 192 \times 192$ touches nine chunks of $128^3$, so each chunk is decoded about 68 times:
+# $64 \times 192 \times 192$ touches nine chunks of $128^3$, so each chunk is decoded about 66 times:
 #
 # $$A = \prod_a \frac{(1 + (p_a - 1)/c_a)\, c_a}{s_a}$$
 #
-# with patch $p$, chunk $c$ and step $s$. On this page a chunk is decoded once, and the rest is arithmetic on a coarse
-# grid of cells. Chunks that the store does not hold are not even looked for.
+# with patch $p$, chunk $c$ and step $s$; with the search for the labelled box before it, 68 times. On this page a chunk
+# is decoded once, and the rest is arithmetic on a coarse grid of cells. Chunks that the store does not hold are not
+# even looked for.
 
 # %%
 #| default_exp zarrnet.finder
@@ -244,8 +245,10 @@ def _blocks(label: ChunkedVolume, axes: Sequence[_Axis], empty_is_label: bool) -
 
 def _is_label(data: np.ndarray, channels: int | None, ignore: Any) -> np.ndarray:
     "(z, y, x) bool: labelled voxels of an array that may have channels"
-    if channels is not None: return (data != 0).any(axis=0)
-    return data > 0 if ignore is None else (data > 0) & (data != ignore)
+    found = data > 0 if channels is None else (data != 0).any(axis=0)
+    if ignore is None: return found
+    unknown = np.isnan(data) if math.isnan(ignore) else data == ignore
+    return found & ~(unknown if channels is None else unknown.all(axis=0))
 
 @dataclass(frozen=True)
 class _Scan:
@@ -326,7 +329,7 @@ def find_patches(
     step: Sequence[int] | None = None, # distance of candidates (z, y, x) [voxel]; default: half a patch
     grid_origin: Literal["volume", "label_bbox"] = "volume", # where the grid of candidates starts
     labeled_ratio_of: Literal["patch", "bbox"] = "patch", # of what `min_labeled_ratio` is a fraction
-    ignore_label: float | None = None, # value that is no label
+    ignore_label: float | None = None, # value that is no label; with channels, if all of them have it
     end_aligned: bool = False, # also a candidate at the far end of each axis
     floor: float = 1.0, # keep candidates down to this part of the thresholds, for `PatchTable.select`
     region: Box | None = None, # candidates lie inside, [from, to) of z, y, x [voxel]

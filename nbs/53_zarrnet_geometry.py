@@ -296,8 +296,8 @@ plot.montage([normals_rgb(n[:, 12]) for n in (*shown, turn(normals, quarter))], 
              titles=["normals", "turned by 90°", "by 180°", "90°, vectors left behind"])
 
 # %% [markdown]
-# The law, on a function with a known gradient: position itself and a bump. All 48 symmetries, components to $10^{-6}$.
-# And the table that one would otherwise write by hand:
+# The law, on a function that is different along each axis. All 48 symmetries agree, but for rounding. And the table
+# that one would otherwise write by hand:
 
 # %%
 #| export

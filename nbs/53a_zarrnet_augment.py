@@ -50,6 +50,8 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)] # (lowest, highest), drawn uniformly
 Positive = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_ordered)]
+Share = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]],
+                  AfterValidator(_ordered)] # of a whole
 Plane = Literal["zy", "zx", "yx"] # a turn in "yx" is one about z
 
 class Transform(Config):
@@ -335,7 +337,7 @@ class LowRes(Transform):
 class Smear(Transform):
     "Slices with a shadow of the slices before them"
     p: float = Field(0.1, ge=0, le=1) # probability that a sample is changed
-    strength: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(le=1)]] = (0.1, 0.4) # share of the shadow
+    strength: Share = (0.1, 0.4) # of the shadow in the slice
     n_slices: int = Field(3, ge=1) # most slices a shadow comes from
 
     def parameters(self, shape, rng):
@@ -390,7 +392,7 @@ class Dropout(Transform):
     "Boxes without information"
     p: float = Field(0.15, ge=0, le=1) # probability that a sample is changed
     n_boxes: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 5) # fewest and most
-    size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(le=1)]] = (0.1, 0.4) # edge, share of the patch's
+    size: Share = (0.1, 0.4) # edge, as a share of the patch's
 
     def parameters(self, shape, rng):
         "What to draw for a sample that is changed"

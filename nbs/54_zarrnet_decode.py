@@ -46,7 +46,7 @@ from medvol_nb.zarrnet.io import open_volume
 # |---|---|---|---|
 # | binary | more than 0 is 1 | divided by the type's largest value | times the factor, in [0, 1] |
 # | multiclass | class numbers | – | – |
-# | normals | by type, see the page on geometry | – | – |
+# | normals | by type, see [geometry](53_zarrnet_geometry.ipynb) | – | – |
 # | regression | as stored | divided by the type's largest value | times the factor |
 #
 # Floating point types have no largest value: their probabilities are taken as they are.

@@ -105,10 +105,10 @@ def open_sources(
 # If every patch is normalised by itself, a voxel enters the network with another value in the next patch, and the seam
 # can be seen in the output. So statistics belong to a *volume* (`zscore`, `minmax`, `robust`) or to all training
 # volumes (`ct_normalization`: the foreground's percentiles, mean and deviation). They come from blocks of 64³ voxels in
-# a seeded order, until a million voxels are found or everything was read. Which blocks are taken depends on shape and
-# content alone, never on the file format; in a large volume, blocks in which nothing varies are passed over, since most
-# of it may be empty. Channels are normalised one by one, except by `zscore_patch`, which is there for networks trained
-# elsewhere.
+# a seeded order, until a million voxels are found, 4096 blocks or everything was read. Which blocks are taken depends
+# on shape and content alone, not on the file format; in a large volume, blocks in which nothing varies are passed over,
+# since most of it may be empty. Channels are normalised one by one, except by `zscore_patch`, which is there for
+# networks trained elsewhere.
 
 # %%
 #| export
@@ -157,7 +157,7 @@ def fit_volume(
     *,
     bbox: Sequence[Sequence[int]] | None = None, # [from, to) of z, y and x that count [voxel]; None: all
     seed: int = 0, # which blocks
-    min_voxels: int = 10**6, # read at least so many, or everything
+    min_voxels: int = 10**6, # read at least so many, everything, or 4096 blocks
 ) -> tuple[Normalizer, ...]: # one a channel
     "Normalisation of one volume from a sample of it"
     if _SCOPES.get(scheme) != "volume":

@@ -30,7 +30,7 @@ from medvol_nb.zarrnet.config import TrainParams
 # Every kind of target keeps a few sums. Masks: true positives and the two sizes, by class. Normals: a histogram of the
 # angle between prediction and truth in steps of 0.05 degrees, once as directions and once as axes, where the sign does
 # not count; means are exact, medians and percentiles as fine as a step. A voxel counts where its mask is 1 and, for
-# normals, where a normal is given.
+# normals, where a normal is given. A prediction without a direction, the zero vector, is 90 degrees off.
 
 # %%
 #| export
@@ -63,7 +63,8 @@ class _Angles:
         keep = (mask[:, 0] > 0) & (torch.linalg.vector_norm(truth, dim=1) > 1e-6)
         p, t = (v.movedim(1, -1)[keep].double() for v in (pred, truth))
         cross = torch.linalg.vector_norm(torch.linalg.cross(p, t), dim=-1)
-        angle = torch.rad2deg(torch.atan2(cross, (p*t).sum(-1))).cpu().numpy()
+        angle = torch.rad2deg(torch.atan2(cross, (p*t).sum(-1)))
+        angle = torch.where(p.any(-1), angle, 90.0).cpu().numpy()
         for row, a in enumerate((angle, np.minimum(angle, 180 - angle))):
             self.counts[row] += np.bincount(np.floor(a/_STEP).astype(int), minlength=self.counts.shape[1])
             self.sums[row] += a.sum()

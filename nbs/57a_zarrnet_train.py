@@ -4,7 +4,7 @@
 # > From a settings file to a run folder: weights that carry all they need, a telling log, exact continuation.
 #
 # The loop itself is the shared `fit` of page 08a. This page puts the parts of the family around it: patches and their
-# division (page 52), samples (page 54), the network (55) and its losses (56), validation on the same patches every
+# division (page 52a), samples (page 54a), the network (55) and its losses (56), validation on the same patches every
 # time with figures from page 57, and pictures of one validation patch after each epoch. What the reference got wrong
 # here: validation voxels that were also training voxels, gradients clipped before they were unscaled, weights of a
 # compiled model that nobody could load, a missing checkpoint that meant silent training from scratch.
@@ -187,7 +187,7 @@ def _grey(values: np.ndarray, kind: str) -> np.ndarray:
         v = values.argmax(0)/max(1, len(values) - 1) if kind == "multiclass" and len(values) > 1 else values[0]
         low, high = (0.0, 1.0) if kind in ("binary", "multiclass") else (float(v.min()), float(v.max()))
         rgb = np.repeat((np.clip((v - low)/max(high - low, 1e-6), 0, 1))[..., None], 3, -1)
-    return np.round(rgb*255).astype(np.uint8) if rgb.dtype.kind == "f" else rgb
+    return np.round(rgb*255).astype(np.uint8)
 
 def panels(
     sample: Mapping[str, Any], # image (c, z, y, x), targets (c, z, y, x)
@@ -230,6 +230,7 @@ def write_gif(
 # |---|---|
 # | `config.json` | the settings with all defaults |
 # | `split.json` | which patches are trained and validated |
+# | `fit.json` | what a run must agree in to be continued |
 # | `log.csv` | losses, learning rate, figures by step |
 # | `checkpoints/` | the newest states, from which a run goes on exactly |
 # | `best.safetensors`, `model.safetensors` | weights for use |
@@ -329,6 +330,8 @@ def train_network(
     identity = {"model": about, "split": parts.split.hash, "start": started,
                 "settings": plain(tr.model_dump(mode="json", exclude=_FREE)),
                 "augmentation": cfg.dataset_config.augmentation}
+    if cfg.dataset_config.decoded_cache_gb: identity["order"] = "grouped"
+    if any(e.weight != 1 for e in cfg.volumes): identity["weights"] = [e.weight for e in cfg.volumes]
     def keep() -> None:
         write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
         write_split(out/"split.json", parts.split, parts.patches)
@@ -342,12 +345,13 @@ def train_network(
 
 def _film(cfg: ZarrConfig, val: Validation, out: Path) -> Callable[[str, FitState], None]:
     "Callback that shows the first validation patch after an epoch"
+    as_shown = {n: "sigmoid" for n, t in cfg.targets.items() if t.kind == "binary" and t.activation == "none"}
     def show(event: str, state: FitState) -> None:
         if event != "epoch" or state.rank or (state.epoch + 1) % cfg.tr_params.debug_gif_every: return
         sample, training = val.data[int(val.index[0])], state.model.training
         with torch.no_grad():
             image = torch.as_tensor(sample["image"])[None].to(state.device)
-            preds = state.model.eval().predict(image)
+            preds = state.model.eval().predict(image, as_shown)
         state.model.train(training)
         (out/"debug").mkdir(exist_ok=True)
         write_gif(panels(sample, {n: p[0].float().cpu().numpy() for n, p in preds.items()}, cfg.targets),
@@ -369,9 +373,9 @@ def train(
     cfg = ZarrConfig.load(config, overrides)
     out = Path(cfg.tr_params.ckpt_out_base)/cfg.tr_params.model_name
     if dry_run:
-        parts = _assemble(cfg, workers)
+        parts, settings = _assemble(cfg, workers), fit_config(cfg)
         return {"run": str(out), "patches": len(parts.patches), "train": len(parts.split.train),
-                "val": len(parts.split.val), "steps": fit_config(cfg).epochs*cfg.tr_params.max_steps_per_epoch,
+                "val": len(parts.split.val), "steps": settings.epochs*settings.checkpoint_every,
                 "parameters": sum(p.numel() for p in parts.model.parameters())}
     done = train_network(cfg, workers=workers, on_exists=on_exists, stop_at=stop_at)
     last = {k: v for row in done.log[-1:] for k, v in row.items() if v}
@@ -382,7 +386,7 @@ def network_summary(
     config: str | os.PathLike, # settings, .json or .yaml
     *,
     overrides: Sequence[str] = (), # settings to change, 'model_config.decoder=shared'
-    in_channels: int = 1, # of the image
+    in_channels: int | None = None, # of the image; default: what the settings say, or 1
 ) -> dict: # the network level by level, and what a training step needs
     "Show the network of some settings and what it costs"
     cfg = ZarrConfig.load(config, overrides)

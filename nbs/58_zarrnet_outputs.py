@@ -228,7 +228,7 @@ def principal_axes(
 # axis of their mean tensor points along the cone.
 
 # %%
-spread = unit_vectors((np.array([[0.2], [0.5], [0.8]]) + 0.3*np.random.default_rng(0).normal(size=(3, 200))
+spread = unit_vectors((np.array([[0.2], [0.5], [0.8]]) + 0.3*rng_for(0, "lines").normal(size=(3, 200))
                        ).astype(np.float32))
 turned = spread*np.where(np.arange(200) % 2, -1, 1).astype(np.float32)
 axis = principal_axes(axis_tensors(turned).mean(axis=1)[:, None])[:, 0]

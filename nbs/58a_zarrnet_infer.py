@@ -391,10 +391,11 @@ assert seams["gaussian, 0.5"] < 0.05*min(seams["constant, 0.5"], seams["constant
 
 # %% [markdown]
 # ## Columns
-# A column holds $4(\sum C + 1)(p_z + c_z)\,T_y T_x$ bytes of sums, the input rows of its patches, and the pieces on
-# their way out. The largest $T$ is taken that `max_memory_gb` allows. Columns lie on the grid of output chunks, so
-# that every chunk has one writer, and the grid of patches is that of the whole volume, so that columns agree with each
-# other.
+# A column of $T_y \times T_x$ voxels in the plane holds $4(\sum C + 1)(p_z + c_z)\,T_y T_x$ bytes of sums, with $C$
+# channels for each target, patches $p_z$ and chunks $c_z$ deep; besides the input rows of its patches, and the pieces
+# on their way out. The largest $T_y$ and $T_x$ are taken that `max_memory_gb` allows. Columns lie on the grid of output
+# chunks, so that every chunk has one writer, and the grid of patches is that of the whole volume, so that columns agree
+# with each other.
 
 # %%
 #| export
@@ -533,6 +534,7 @@ def predict_volume(
     average: str = "values", # or "logits", to be activated afterwards
     argmax: Iterable[str] = (), # multiclass targets of which only the class is stored
     carry: bool = True, # keep what later columns need; False: predict it again
+    begin_only: bool = False, # make the output and predict nothing, so that parts which share it may start
     version: int = 3, # of zarr, 2 or 3
     array_name: str = "{target}", # of the arrays
     device: str = "auto", # see `device_for`
@@ -542,7 +544,7 @@ def predict_volume(
     began, counts, s = time.perf_counter(), Counter(), settings
     if s.part_id >= s.num_parts:
         raise ConfigError(f"inference_params.part_id: must be below num_parts {s.num_parts}, got {s.part_id}")
-    if s.overwrite and s.num_parts > 1:
+    if s.overwrite and s.num_parts > 1 and not begin_only:
         raise ConfigError("inference_params.overwrite: several parts share one output, none of them may remove it. "
                           "Remove it before the first part starts")
     source = open_volume(source) if isinstance(source, np.ndarray) else source
@@ -565,6 +567,7 @@ def predict_volume(
             else: held.enter_context(_only_one(path/PROGRESS/f"part-{s.part_id}-of-{s.num_parts}"))
         columns = columns_of(box, form.chunks, made.columns)
         mine = columns[s.part_id*len(columns)//s.num_parts:(s.part_id + 1)*len(columns)//s.num_parts]
+        if begin_only: mine = []
         for k, column in enumerate(mine):
             if made.is_done("complete"): break
             with _only_one(path/PROGRESS/column.group):

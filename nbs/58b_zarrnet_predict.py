@@ -23,7 +23,7 @@ import numpy as np
 from medvol_nb.checkpoints import device_for, precision_for
 from medvol_nb.config import check_config
 from medvol_nb.core import ConfigError
-from medvol_nb.parallel import on_cluster, pmap
+from medvol_nb.parallel import cpu_count, on_cluster, pmap
 from medvol_nb.zarrnet.config import InferenceParams, ZarrConfig
 from medvol_nb.zarrnet.data import ImageNormalizer
 from medvol_nb.zarrnet.infer import predict_volume
@@ -88,14 +88,18 @@ def _settings(config: Any, overrides: Sequence[str], given: dict[str, Any]
     base = {} if cfg is None else cfg.inference_params.model_dump()
     return check_config(InferenceParams, {**base, **{k: v for k, v in given.items() if v is not None}}), cfg
 
-def _predict_part(params: InferenceParams, cfg: ZarrConfig | None, device: str, precision: str) -> dict[str, Any]:
+def _predict_part(params: InferenceParams, cfg: ZarrConfig | None, device: str, precision: str, **how: Any
+                  ) -> dict[str, Any]:
     trained = load_model(params.checkpoint_path, device, cfg)
     source = open_volume(params.input_path, channels=trained.model.in_channels)
+    if params.input_format.removeprefix("ome-") not in ("auto", source.kind):
+        raise ConfigError(f"inference_params.input_format: {params.input_format}, but {params.input_path} is "
+                          f"read as {source.kind}. Set it to auto, or name another volume")
     norm = normalizer_for(trained, source, None if cfg is None else cfg.dataset_config.normalization)
     params = params.model_copy(update={"patch_size": params.patch_size or trained.patch_size})
     return predict_volume(trained.model, source, params.output_dir, trained.targets, params, normalizer=norm,
                           checkpoint=trained.digest, device=device,
-                          precision=precision_for(precision, device_for(device)))
+                          precision=precision_for(precision, device_for(device)), **how)
 
 def predict(
     config: str | os.PathLike | None = None, # settings with inference_params, .json or .yaml
@@ -111,7 +115,7 @@ def predict(
     overrides: Sequence[str] = (), # settings of the file to change, 'inference_params.tta=mirror'
     device: str = "auto", # where the network runs
     precision: str = "auto", # fp32, bf16 or fp16; 'auto' suits the device
-    workers: int = 0, # processes that share the parts; 0: this one
+    workers: int = 0, # processes that share the parts; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers share the parts
     overwrite: bool | None = None, # start over instead of going on
 ) -> dict: # outputs, patches, bytes, shares of time
@@ -128,10 +132,11 @@ def predict(
     if not workers and dask is None: return _predict_part(params, cfg, device, precision)
     if part_id is not None:
         raise ConfigError("part_id: one part needs no workers. Leave out part_id, or workers and dask")
-    n = params.num_parts if params.num_parts > 1 else max(1, abs(workers))
-    if params.overwrite: # once, not by every part
-        _predict_part(params.model_copy(update={"num_parts": n, "part_id": 0}), cfg, device, precision)
-    jobs = [params.model_copy(update={"num_parts": n, "part_id": k, "overwrite": False}) for k in range(n)]
+    n = params.num_parts if params.num_parts > 1 else cpu_count() if workers == -1 else max(1, workers)
+    if params.overwrite or not params.resume: # once, not by every part
+        _predict_part(params.model_copy(update={"num_parts": n}), cfg, device, precision, begin_only=True)
+    jobs = [params.model_copy(update={"num_parts": n, "part_id": k, "overwrite": False, "resume": True})
+            for k in range(n)]
     with on_cluster(dask):
         told = pmap(lambda p: _predict_part(p, cfg, device, precision), jobs, workers or n,
                     keys=[f"part {k}" for k in range(n)], desc="predicting parts")

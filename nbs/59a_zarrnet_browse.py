@@ -23,8 +23,8 @@ from medvol_nb.core import DataError, FormatError
 from medvol_nb.plot import window_limits
 from medvol_nb.slices import Layer, Paint, Planes, blend, grey_bytes, heat_paint, label_paint, layer
 from medvol_nb.stores import as_format_error
-from medvol_nb.zarrnet.geometry import decode_normals, normals_rgb
 from medvol_nb.widgets import Panel, browse
+from medvol_nb.zarrnet.geometry import decode_normals, normals_rgb
 from medvol_nb.zarrnet.io import ChunkedVolume, open_volume
 
 # %%

@@ -202,6 +202,8 @@ def test_low_resolution_keeps_the_place_of_things():
 @pytest.mark.parametrize("settings, message", [
     ({"flip": {"p": 1.5}}, "less than or equal to 1"), ({"deform": {"elastic": 0.5}}, "less than or equal to 0.403"),
     ({"blur": {"sigma": [2, 1]}}, "lower end first"), ({"blur": {"sigma": [0, 1]}}, "greater than 0"),
+    ({"dropout": {"size": [0.4, 0.1]}}, "lower end first"),
+    ({"smear": {"strength": [0.5, 2]}}, "less than or equal to 1"),
     ({"bluur": {}}, "bluur"), ({"rot90": {"planes": ["xy"]}}, "'zy', 'zx' or 'yx'"),
     ({"noise": {"std": [0, float("inf")]}}, "finite")])
 def test_wrong_settings_are_refused(settings, message):

@@ -140,7 +140,7 @@ WRONG = [
     ("tr_params.val_split_mode", "volume", "needs split"),
     ("tr_params.val_block.1", 0, None),
     ("tr_params.keep_checkpoints", -1, "greater than or equal to 0"),
-    ("tr_params.keep_best", -1, "greater than or equal to 0"),
+    ("tr_params.keep_best", 3, "must be 1, got 3"),
     ("tr_params.ema_decay", 1, "less than 1"),
     ("tr_params.deep_supervision", 3, "valid boolean"),
     ("tr_params.compile", "fast", "valid boolean"),
@@ -528,6 +528,15 @@ def test_places_in_messages_have_lines(tmp_path):
     dotted = "dataset_config.volume_paths.1.input"
     assert cfg.place(*["dataset_config", "volume_paths", 1, "input"]) == f"{dotted} (line {line})"
     assert load(SEED).place("tr_params", "seed") == "tr_params.seed"
+    for given in ({"tr_params.patch_size": [64, 192, 192]}, iter(["tr_params.patch_size=[64, 192, 192]"])):
+        cfg = ZarrConfig.load(tmp_path / "a.json", given)
+        assert cfg.place("tr_params", "patch_size") == "tr_params.patch_size", "the file says something else"
+        assert cfg.place("dataset_config", "volume_paths", 1, "input") == f"{dotted} (line {line})"
+
+
+@pytest.mark.parametrize("key", ["ignore_label", "dilate_label"])
+def test_whole_numbers_beyond_any_array_are_refused(key):
+    with pytest.raises(ConfigError, match=f"tr_params.{key}: must be"): load(changed((f"tr_params.{key}", 10**400)))
 
 
 # ---- the plan

@@ -525,6 +525,26 @@ def test_fsspec_stores_are_listed(roll):
     fs.rm("here", recursive=True)
 
 
+def test_a_listing_that_fails_is_repeated(monkeypatch):
+    fs, calls = __import__("fsspec").filesystem("memory"), []
+    fs.pipe("/shelf/a/0", b"12")
+    find, healthy = type(fs).find, 3
+
+    def shaky(self, path, **options):
+        calls.append(path)
+        if len(calls) < healthy: raise TimeoutError("busy")
+        return find(self, path, **options)
+
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0)
+    monkeypatch.setattr(type(fs), "find", shaky)
+    assert list(Remote("memory://shelf").listing("a")) == ["0"] and len(calls) == 3
+    healthy = 99
+    with pytest.raises(DataError, match="shelf/a: TimeoutError: busy, 6 times in a row"):
+        Remote("memory://shelf").listing("a")
+    healthy = 0
+    fs.rm("/shelf", recursive=True)
+
+
 def test_a_passing_failure_is_repeated_five_times(monkeypatch):
     pauses, calls = [], []
     monkeypatch.setattr(remote.time, "sleep", pauses.append)

@@ -70,6 +70,12 @@ def test_angles_against_arccos():
             assert found[f"normals_{name}_{key}"] == pytest.approx(want, abs=0.05)
 
 
+def test_no_direction_is_no_good_direction():
+    t = torch.nn.functional.normalize(batches(3, 3, 1)[0], dim=1)
+    found = one(target("normals", channels=3), "normals", [(0 * t, t)])
+    assert found["normals_angle_mean"] == found["normals_axial_mean"] == 90
+
+
 def test_no_normal_no_number():
     zero = torch.zeros(1, 3, *BOX)
     assert all(np.isnan(v) for v in one(target("normals", channels=3), "normals", [(zero, zero)]).values())

@@ -284,6 +284,15 @@ def test_volumes_that_do_not_fit_are_refused_together(task):
         open_entries(task([]))
 
 
+def test_padding_does_not_enlarge_a_box(task):
+    "pad_small is for volumes that end; a box smaller than the patch holds no candidate, padded or not"
+    small = {"input": "a.zarr", "sheet": "a_sheet.zarr", "bbox": [[0, 32], [0, 20], [0, 96]]}
+    with pytest.raises(ConfigError, match=r"bbox .*: 32 x 20 x 96 is smaller .*\(axis y\).* or a larger bbox"):
+        open_entries(task([small], tr_params__pad_small=True))
+    with pytest.raises(ConfigError, match="or set tr_params.pad_small"):
+        open_entries(task([{k: small[k] for k in ("input", "sheet")}], tr_params__patch_size=[16, 32, 128]))
+
+
 def test_U02_thresholds_of_dataset_config_have_an_effect(task):
     lengths = [len(patch_list(task(dataset_config__min_labeled_ratio=r), cache=False)) for r in (0.1, 0.18, 0.21)]
     assert lengths[0] > lengths[1] > lengths[2] > 0
@@ -297,6 +306,17 @@ def test_U11_labels_with_channels_can_be_the_reference(task):
     volumes = [{"input": f"{n}.zarr", "normals": f"{n}_n.zarr"} for n in "ab"]
     cfg = task(volumes, {"normals": {"channels": 3}})
     assert patch_list(cfg, cache=False).starts.tolist() == patch_list(task(), cache=False).starts.tolist()
+
+
+@pytest.mark.parametrize("unknown, dtype", [(255, np.uint8), (float("nan"), np.float32)])
+def test_vectors_of_nothing_but_the_ignored_value_are_no_labels(unknown, dtype):
+    vectors = np.zeros((3, 16, 16, 32), dtype)
+    vectors[1, :, :, :16] = vectors[:, :, :, 16:] = 255
+    known = find_patches(vectors, (16, 16, 16))
+    assert known.starts[:, 2].tolist() == [0, 8, 16]
+    vectors[:, :, :, 16:] = unknown
+    table = find_patches(vectors, (16, 16, 16), ignore_label=unknown)
+    assert table.starts[:, 2].tolist() == [0] and table.counts.tolist() == [16**3]
 
 
 def test_U11_the_high_side_is_covered_on_request_and_empty_labels_do_not_crash():

@@ -80,6 +80,30 @@ def test_U12_B31_parts_by_processes_equal_one_run(task):
     assert told["parts"] == 2 and np.array_equal(voxels(task / "whole"), voxels(task / "parts"))
 
 
+def test_parts_start_over_together(task):
+    "Overwriting is done once, before the parts start: none of them removes what another one made"
+    first = predict(task / "task.json", output_dir=task / "over", workers=2, overlap=0.5, device="cpu")
+    told = predict(task / "task.json", output_dir=task / "over", workers=2, overwrite=True, device="cpu")
+    assert told["parts"] == 2 and told["complete"] and 0 < told["patches"] < first["patches"]
+    predict(task / "task.json", output_dir=task / "once", device="cpu")
+    assert np.array_equal(voxels(task / "over"), voxels(task / "once"))
+
+
+def test_one_part_for_each_processor(task, monkeypatch):
+    monkeypatch.setattr(page, "cpu_count", lambda: 3)
+    told = predict(task / "task.json", output_dir=task / "each", workers=-1, device="cpu")
+    assert told["parts"] == 3 and told["complete"]
+
+
+@pytest.mark.parametrize("said, fits", [("auto", True), ("zarr", True), ("ome-zarr", True), ("tif", False)])
+def test_the_format_of_the_input_is_what_was_said(task, said, fits):
+    given = dict(overrides=[f"inference_params.input_format={said}"], output_dir=task / f"is {said}", device="cpu")
+    if fits: assert predict(task / "task.json", **given)["complete"]
+    else:
+        with pytest.raises(ConfigError, match="input_format: tif, but .*b.zarr is read as zarr"):
+            predict(task / "task.json", **given)
+
+
 @pytest.mark.parametrize("given, words", [
     (dict(), "checkpoint_path: is needed"),
     (dict(checkpoint_path="x"), "input_path: is needed"),

@@ -20,6 +20,7 @@ from medvol_nb.zarrnet.model import build_model
 from medvol_nb.zarrnet.train import (
     fit_config,
     load_model,
+    network_summary,
     panels,
     preview,
     train,
@@ -96,6 +97,18 @@ def test_dry_run_writes_nothing(data, tmp_path):
     assert (
         told["steps"] == 12 and told["train"] > 0 and told["val"] > 0 and sorted(os.listdir(tmp_path)) == ["task.json"]
     )
+
+
+def test_dry_run_counts_optimiser_steps(data, tmp_path):
+    config = task(data, tmp_path, tr_params__gradient_accumulation=3)
+    assert train(config, dry_run=True)["steps"] == train(config)["steps"] == 3
+
+
+def test_summary_takes_the_channels_of_the_settings(data, tmp_path):
+    one, two = (network_summary(task(data, tmp_path, dataset_config__in_channels=n))["parameters"] for n in (None, 2))
+    assert two == one + 4 * 27  # the first of the network's convolutions is 3 x 3 x 3 to 4 channels
+    with pytest.raises(ConfigError, match="in_channels: 2, but the input has 3"):
+        network_summary(task(data, tmp_path, dataset_config__in_channels=2), in_channels=3)
 
 
 @pytest.mark.parametrize("workers, accumulate", [(0, 1), (2, 1), (0, 2)])
@@ -267,6 +280,8 @@ def test_other_settings_do_not_resume(data, tmp_path):
     train(task(data, tmp_path), stop_at=2)
     with pytest.raises(DataError, match="other settings"):
         train(task(data, tmp_path, tr_params__label_smoothing=0.05))
+    with pytest.raises(DataError, match="other settings"):  # patches would come in another order
+        train(task(data, tmp_path, dataset_config__decoded_cache_gb=0.1))
     again = train(task(data, tmp_path, tr_params__label_smoothing=0.05), on_exists="overwrite")
     assert again["finished"]
 
@@ -287,6 +302,14 @@ def test_films(data, tmp_path):
 
     film = Image.open(Path(told["run"]) / "debug" / "Roll_2.gif")
     assert film.n_frames == 8 and film.size == (48, 32)  # image, sheet, normals above; the predictions below
+
+
+def test_films_show_probabilities_of_masks_without_activation(data, tmp_path, monkeypatch):
+    page, seen = sys.modules[train.__module__], []
+    monkeypatch.setattr(page, "panels", lambda sample, *rest: seen.append(rest[0]) or panels(sample, *rest))
+    settings = {"tr_params__debug_gif_every": 1, "tr_params__max_epoch": 1}
+    train(task(data, tmp_path, **settings, dataset_config__targets__sheet={"channels": 1}))
+    assert len(seen) == 1 and 0 < seen[0]["sheet"].min() < seen[0]["sheet"].max() < 1
 
 
 def test_panels_have_fixed_scales(data, tmp_path):

@@ -16,8 +16,8 @@ from ..core import DataError, FormatError
 from ..plot import window_limits
 from ..slices import Layer, Paint, Planes, blend, grey_bytes, heat_paint, label_paint, layer
 from ..stores import as_format_error
-from .geometry import decode_normals, normals_rgb
 from ..widgets import Panel, browse
+from .geometry import decode_normals, normals_rgb
 from .io import ChunkedVolume, open_volume
 
 # %% ../../nbs/59a_zarrnet_browse.ipynb #vector_paint

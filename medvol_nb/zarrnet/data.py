@@ -91,7 +91,7 @@ def fit_volume(
     *,
     bbox: Sequence[Sequence[int]] | None = None, # [from, to) of z, y and x that count [voxel]; None: all
     seed: int = 0, # which blocks
-    min_voxels: int = 10**6, # read at least so many, or everything
+    min_voxels: int = 10**6, # read at least so many, everything, or 4096 blocks
 ) -> tuple[Normalizer, ...]: # one a channel
     "Normalisation of one volume from a sample of it"
     if _SCOPES.get(scheme) != "volume":

@@ -172,8 +172,10 @@ def _blocks(label: ChunkedVolume, axes: Sequence[_Axis], empty_is_label: bool) -
 
 def _is_label(data: np.ndarray, channels: int | None, ignore: Any) -> np.ndarray:
     "(z, y, x) bool: labelled voxels of an array that may have channels"
-    if channels is not None: return (data != 0).any(axis=0)
-    return data > 0 if ignore is None else (data > 0) & (data != ignore)
+    found = data > 0 if channels is None else (data != 0).any(axis=0)
+    if ignore is None: return found
+    unknown = np.isnan(data) if math.isnan(ignore) else data == ignore
+    return found & ~(unknown if channels is None else unknown.all(axis=0))
 
 @dataclass(frozen=True)
 class _Scan:
@@ -246,7 +248,7 @@ def find_patches(
     step: Sequence[int] | None = None, # distance of candidates (z, y, x) [voxel]; default: half a patch
     grid_origin: Literal["volume", "label_bbox"] = "volume", # where the grid of candidates starts
     labeled_ratio_of: Literal["patch", "bbox"] = "patch", # of what `min_labeled_ratio` is a fraction
-    ignore_label: float | None = None, # value that is no label
+    ignore_label: float | None = None, # value that is no label; with channels, if all of them have it
     end_aligned: bool = False, # also a candidate at the far end of each axis
     floor: float = 1.0, # keep candidates down to this part of the thresholds, for `PatchTable.select`
     region: Box | None = None, # candidates lie inside, [from, to) of z, y, x [voxel]

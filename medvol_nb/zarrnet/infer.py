@@ -375,6 +375,7 @@ def predict_volume(
     average: str = "values", # or "logits", to be activated afterwards
     argmax: Iterable[str] = (), # multiclass targets of which only the class is stored
     carry: bool = True, # keep what later columns need; False: predict it again
+    begin_only: bool = False, # make the output and predict nothing, so that parts which share it may start
     version: int = 3, # of zarr, 2 or 3
     array_name: str = "{target}", # of the arrays
     device: str = "auto", # see `device_for`
@@ -384,7 +385,7 @@ def predict_volume(
     began, counts, s = time.perf_counter(), Counter(), settings
     if s.part_id >= s.num_parts:
         raise ConfigError(f"inference_params.part_id: must be below num_parts {s.num_parts}, got {s.part_id}")
-    if s.overwrite and s.num_parts > 1:
+    if s.overwrite and s.num_parts > 1 and not begin_only:
         raise ConfigError("inference_params.overwrite: several parts share one output, none of them may remove it. "
                           "Remove it before the first part starts")
     source = open_volume(source) if isinstance(source, np.ndarray) else source
@@ -407,6 +408,7 @@ def predict_volume(
             else: held.enter_context(_only_one(path/PROGRESS/f"part-{s.part_id}-of-{s.num_parts}"))
         columns = columns_of(box, form.chunks, made.columns)
         mine = columns[s.part_id*len(columns)//s.num_parts:(s.part_id + 1)*len(columns)//s.num_parts]
+        if begin_only: mine = []
         for k, column in enumerate(mine):
             if made.is_done("complete"): break
             with _only_one(path/PROGRESS/column.group):

@@ -179,7 +179,7 @@ class ChunkedVolume:
         identity: str = "", # hash of the metadata
         array: np.ndarray | None = None, # n-d array in stored axes, for kind "array"
     ):
-        self.path, self._kind, self._spec, self._names, self._shape = path, kind, dict(spec), names, tuple(shape)
+        self.path, self.kind, self._spec, self._names, self._shape = path, kind, dict(spec), names, tuple(shape)
         self.dtype = np.dtype(dtype).newbyteorder("=") # as read, native byte order
         self._spatial = [names.index(a) for a in "zyx"]
         self.shape = tuple(int(shape[k]) for k in self._spatial) # (z, y, x) [voxel]
@@ -201,7 +201,7 @@ class ChunkedVolume:
     def _stored(self, index: tuple[slice, ...]) -> np.ndarray:
         if self._array is not None: return self._array[index].copy()
         if self._pid != os.getpid():
-            self._handle, self._pid = _HANDLES[self._kind](where=self.path, **self._spec), os.getpid()
+            self._handle, self._pid = _HANDLES[self.kind](where=self.path, **self._spec), os.getpid()
         return np.asarray(self._handle(index))
 
     def _index(self, box: Sequence[slice]) -> tuple[slice, ...]:
@@ -269,7 +269,7 @@ class ChunkedVolume:
 
     def _files(self) -> dict[str, str] | None:
         "Files of the store below the array -> size and date; None: it cannot be listed"
-        if self._kind == "tif": return {f: _stamp(f) for f in self._spec["files"]}
+        if self.kind == "tif": return {f: _stamp(f) for f in self._spec["files"]}
         store, name = self._spec["store"], self._spec["name"]
         if "://" in store: return Remote(store).listing(name)
         root = os.path.join(store, name)
@@ -288,7 +288,7 @@ class ChunkedVolume:
 
     def stored_chunks(self) -> list[tuple[int, int, int]] | None: # sorted (z, y, x) indices; None: cannot be told
         "Chunks, or shards if there are shards, that the store holds; all others equal the fill value"
-        if self._kind != "zarr": return None
+        if self.kind != "zarr": return None
         files = self._files()
         return None if files is None else sorted({tuple(k[a] for a in self._spatial) for k in self._keys(files)})
 
@@ -298,7 +298,7 @@ class ChunkedVolume:
         else:
             content = self._files()
             if content is None: content = self._tags()
-            elif self._kind == "zarr": content = {f: content[f] for f in self._keys(content).values()}
+            elif self.kind == "zarr": content = {f: content[f] for f in self._keys(content).values()}
             content = "\n".join(f"{f} {content[f]}" for f in sorted(content))
         return {"metadata": self._identity, "content": fingerprint(content)}
 

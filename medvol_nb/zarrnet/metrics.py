@@ -44,7 +44,8 @@ class _Angles:
         keep = (mask[:, 0] > 0) & (torch.linalg.vector_norm(truth, dim=1) > 1e-6)
         p, t = (v.movedim(1, -1)[keep].double() for v in (pred, truth))
         cross = torch.linalg.vector_norm(torch.linalg.cross(p, t), dim=-1)
-        angle = torch.rad2deg(torch.atan2(cross, (p*t).sum(-1))).cpu().numpy()
+        angle = torch.rad2deg(torch.atan2(cross, (p*t).sum(-1)))
+        angle = torch.where(p.any(-1), angle, 90.0).cpu().numpy()
         for row, a in enumerate((angle, np.minimum(angle, 180 - angle))):
             self.counts[row] += np.bincount(np.floor(a/_STEP).astype(int), minlength=self.counts.shape[1])
             self.sums[row] += a.sum()

@@ -65,12 +65,14 @@ def _misfits(cfg: ZarrConfig, entry: VolumeEntry, at: Callable[[str], str], volu
     if entry.bbox and any(hi > n for (_, hi), n in zip(entry.bbox, shape)):
         out.append(f"{at('bbox')}: {list(map(list, entry.bbox))} leaves the volume of {shape}")
     extent = [hi - lo for lo, hi in entry.bbox] if entry.bbox else shape
-    small = [a for a, p, n in zip("zyx", patch, extent) if p > n]
-    if small and not cfg.tr_params.pad_small:
+    padded = [cfg.tr_params.pad_small and e == n for e, n in zip(extent, shape)] # only what ends is padded
+    small = [a for a, p, e, ok in zip("zyx", patch, extent, padded) if p > e and not ok]
+    if small:
         what = "bbox" if entry.bbox else "input"
         sizes = [" x ".join(map(str, v)) for v in (extent, patch)]
+        hint = "a larger bbox" if entry.bbox else "set tr_params.pad_small"
         out.append(f"{at(what)}: {sizes[0]} is smaller than the patch {sizes[1]} (axis {', '.join(small)}). Take a "
-                   "smaller patch, or set tr_params.pad_small")
+                   f"smaller patch, or {hint}")
     return out
 
 def open_entries(
@@ -203,7 +205,8 @@ def _bare(path: Path, found: list, key: Mapping[str, Any], shapes: Sequence[tupl
         i, s = (p.get("volume_idx"), p.get("start_pos")) if isinstance(p, dict) else (None, None)
         if not whole(i) or not 0 <= i < len(names) or not isinstance(s, list) or len(s) != 3 or \
                 not all(map(whole, s)):
-            raise FormatError(f"{path}, entry {k}: needs volume_idx below {len(names)} and start_pos of three numbers")
+            raise FormatError(f"{path}, entry {k}: needs volume_idx below {len(names)} and start_pos of three numbers. "
+                              "Remove the file to search again")
         if any(a < 0 or a + q > n for a, q, n in zip(s, size, shapes[i])) and not pad:
             raise DataError(f"{path}, entry {k}: the patch at {s} of size {size} leaves volume '{names[i]}' of "
                             f"{shapes[i]}. Remove the file to search again")

@@ -81,7 +81,7 @@ class Remote:
         self,
         key: str, # file, relative to the URL
         start: int | None = None, # first byte; negative: counted from the end
-        stop: int | None = None, # byte after the last
+        stop: int | None = None, # byte after the last; needs a start from 0 on
     ) -> bytes | None: # None if there is no such file
         "Bytes of a file, or of a part of it"
         def request() -> bytes | None:
@@ -91,12 +91,16 @@ class Remote:
             return data
         return with_retries(request, self.address(key))
 
-    def _cat(self, key: str, start: int | None, stop: int | None) -> bytes | None:
-        fs, root = self._fs
-        try: return fs.cat_file(f"{root.rstrip('/')}/{key}", start=start, end=stop)
+    def _ask(self, key: str, request: Callable[[], Any]) -> Any:
+        "What fsspec answers, None if there is no such file; what fails for other reasons may pass"
+        try: return request()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError): return None
         except PermissionError as e: raise DataError(f"{self.address(key)}: {e}") from None
         except Exception as e: raise Passing(f"{type(e).__name__}: {e}") from None
+
+    def _cat(self, key: str, start: int | None, stop: int | None) -> bytes | None:
+        fs, root = self._fs
+        return self._ask(key, lambda: fs.cat_file(f"{root.rstrip('/')}/{key}", start=start, end=stop))
 
     def tag(
         self,
@@ -116,7 +120,7 @@ class Remote:
         if self.is_http: return None
         fs, root = self._fs
         root = f"{root.rstrip('/')}/{folder}".rstrip("/")
-        found = with_retries(lambda: fs.find(root, detail=True), self.address(folder))
+        found = with_retries(lambda: self._ask(folder, lambda: fs.find(root, detail=True)), self.address(folder)) or {}
         cut = len(fs._strip_protocol(root)) + 1
         marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
         return {fs._strip_protocol(k)[cut:]: f"{v.get('size')} {next((v[m] for m in marks if m in v), '')}"

@@ -147,7 +147,7 @@ def _grey(values: np.ndarray, kind: str) -> np.ndarray:
         v = values.argmax(0)/max(1, len(values) - 1) if kind == "multiclass" and len(values) > 1 else values[0]
         low, high = (0.0, 1.0) if kind in ("binary", "multiclass") else (float(v.min()), float(v.max()))
         rgb = np.repeat((np.clip((v - low)/max(high - low, 1e-6), 0, 1))[..., None], 3, -1)
-    return np.round(rgb*255).astype(np.uint8) if rgb.dtype.kind == "f" else rgb
+    return np.round(rgb*255).astype(np.uint8)
 
 def panels(
     sample: Mapping[str, Any], # image (c, z, y, x), targets (c, z, y, x)
@@ -274,6 +274,8 @@ def train_network(
     identity = {"model": about, "split": parts.split.hash, "start": started,
                 "settings": plain(tr.model_dump(mode="json", exclude=_FREE)),
                 "augmentation": cfg.dataset_config.augmentation}
+    if cfg.dataset_config.decoded_cache_gb: identity["order"] = "grouped"
+    if any(e.weight != 1 for e in cfg.volumes): identity["weights"] = [e.weight for e in cfg.volumes]
     def keep() -> None:
         write_json(out/"config.json", _portable(cfg.to_dict(), out), "overwrite")
         write_split(out/"split.json", parts.split, parts.patches)
@@ -287,12 +289,13 @@ def train_network(
 
 def _film(cfg: ZarrConfig, val: Validation, out: Path) -> Callable[[str, FitState], None]:
     "Callback that shows the first validation patch after an epoch"
+    as_shown = {n: "sigmoid" for n, t in cfg.targets.items() if t.kind == "binary" and t.activation == "none"}
     def show(event: str, state: FitState) -> None:
         if event != "epoch" or state.rank or (state.epoch + 1) % cfg.tr_params.debug_gif_every: return
         sample, training = val.data[int(val.index[0])], state.model.training
         with torch.no_grad():
             image = torch.as_tensor(sample["image"])[None].to(state.device)
-            preds = state.model.eval().predict(image)
+            preds = state.model.eval().predict(image, as_shown)
         state.model.train(training)
         (out/"debug").mkdir(exist_ok=True)
         write_gif(panels(sample, {n: p[0].float().cpu().numpy() for n, p in preds.items()}, cfg.targets),
@@ -313,9 +316,9 @@ def train(
     cfg = ZarrConfig.load(config, overrides)
     out = Path(cfg.tr_params.ckpt_out_base)/cfg.tr_params.model_name
     if dry_run:
-        parts = _assemble(cfg, workers)
+        parts, settings = _assemble(cfg, workers), fit_config(cfg)
         return {"run": str(out), "patches": len(parts.patches), "train": len(parts.split.train),
-                "val": len(parts.split.val), "steps": fit_config(cfg).epochs*cfg.tr_params.max_steps_per_epoch,
+                "val": len(parts.split.val), "steps": settings.epochs*settings.checkpoint_every,
                 "parameters": sum(p.numel() for p in parts.model.parameters())}
     done = train_network(cfg, workers=workers, on_exists=on_exists, stop_at=stop_at)
     last = {k: v for row in done.log[-1:] for k, v in row.items() if v}
@@ -326,7 +329,7 @@ def network_summary(
     config: str | os.PathLike, # settings, .json or .yaml
     *,
     overrides: Sequence[str] = (), # settings to change, 'model_config.decoder=shared'
-    in_channels: int = 1, # of the image
+    in_channels: int | None = None, # of the image; default: what the settings say, or 1
 ) -> dict: # the network level by level, and what a training step needs
     "Show the network of some settings and what it costs"
     cfg = ZarrConfig.load(config, overrides)
