@@ -1434,6 +1434,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'medvol_nb/embryo/generate.py'),
                                            'medvol_nb.embryo.generate.read_record': ( 'embryo_generate.html#read_record',
                                                                                       'medvol_nb/embryo/generate.py'),
+                                           'medvol_nb.embryo.generate.run_images': ( 'embryo_generate.html#run_images',
+                                                                                     'medvol_nb/embryo/generate.py'),
                                            'medvol_nb.embryo.generate.save_synthetic': ( 'embryo_generate.html#save_synthetic',
                                                                                          'medvol_nb/embryo/generate.py'),
                                            'medvol_nb.embryo.generate.write_run': ( 'embryo_generate.html#write_run',

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from medvol_nb.core import ConfigError, DataError, FormatError, MissingFile, OnExists, log, progress, write_csv
+from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, check_output, log, progress,
+                            write_csv)
 from medvol_nb.embryo.index import EmbryoIndex, Problem, build_index
 from medvol_nb.embryo.phases import FocalPlane, Phase, frame_label, parse_planes
 
@@ -327,7 +328,8 @@ class EmbryoFrames:
                     False, padded, float(self.index.time_h[row]))
 
 # %% [markdown]
-# A picture this page owes: the planes of one embryo over its phases. The first video is cut off in the central plane.
+# One embryo over its phases, a row for each plane. It is not the first video, whose pictures are cut off in the central
+# plane.
 
 # %%
 strip = EmbryoFrames(index, ["BM016-5"], select="median", transform=lambda x: x)
@@ -424,8 +426,9 @@ def ground_truth_csv(
     *,
     planes: Sequence[str | FocalPlane] | None = None, # focal planes; None: all of the index
     videos: Sequence[str] | None = None, # names; None: all
-) -> int: # lines written, header not counted
+) -> int: # lines written, header not counted; 0: skipped
     "Write identifier, phase label and phase index of every labelled frame"
+    if not check_output(path, on_exists): return 0
     frames, rows = EmbryoFrames(index, videos, planes), []
     for i in range(len(frames)):
         plane, video, number, row = frames._key(i)
@@ -443,6 +446,7 @@ def ground_truth(
     on_exists: OnExists = "error", # what to do when the table is there already
 ) -> dict[str, Any]: # table, number of lines, frames of every phase
     "Table of the true phase of every labelled frame"
+    if not check_output(output, on_exists): return {"table": str(output), "skipped": True}
     index = build_index(dataset, planes=planes)
     lines = ground_truth_csv(index, output, on_exists)
     return {"table": str(output), "frames": lines, "phases": {k: n for k, n in index.counts().items() if k},

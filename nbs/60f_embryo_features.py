@@ -108,7 +108,8 @@ class LabelledImages:
         "Fingerprint of paths, sizes and times of files, or of the arrays themselves"
         def of(s: Any) -> Any:
             if isinstance(s, np.ndarray): return s
-            stat = os.stat(s)
+            try: stat = os.stat(s)
+            except FileNotFoundError: raise MissingFile(f"{s} does not exist") from None
             return [os.path.abspath(s), stat.st_size, stat.st_mtime_ns]
         return fingerprint([of(s) for s in self.sources])
 
@@ -150,7 +151,9 @@ assert len(few) == 16 and len(few.at(few.phases == 3)) == 8 and len(few + few) =
 skewed = few.at(np.r_[np.zeros(9, int), 2:16:2]) # nine pictures of one video, one of each other
 assert len(np.unique(skewed.videos[balanced(skewed, 8)])) == 8
 with raises(DataError, match="16 sources, 1 phases"): LabelledImages.of(few.sources, [1])
-with raises(MissingFile, match="nowhere.png"): LabelledImages.of(["nowhere.png"], [0]).load(0, 64)
+nowhere = LabelledImages.of(["nowhere.png"], [0])
+with raises(MissingFile, match="nowhere.png"): nowhere.load(0, 64)
+with raises(MissingFile, match="nowhere.png"): nowhere.identity
 
 # %% [markdown]
 # ## Features
@@ -263,8 +266,9 @@ def _compute(net: Extractor, images: LabelledImages, batch: int, workers: int, d
     return out
 
 # %% [markdown]
-# A network without training already tells phases apart a little; a trained one comes with the
-# [classifier](63b_embryo_classify.ipynb).
+# `Summary` has nothing to train: means of a picture and of its edges in 4 x 4 fields. A trained network comes with the
+# [classifier](63b_embryo_classify.ipynb). The second call finds its features in the cache; a part of the set is another
+# entry.
 
 # %%
 class Summary(nn.Module):

@@ -39,7 +39,6 @@ from medvol_nb.embryo.splits import _legacy_random, load_split, set_name
 
 # %%
 from medvol_nb.core import raises, tmpdir
-from medvol_nb.embryo.dataset import read_frame as read
 from medvol_nb.embryo.phantom import make_phantom_dataset
 from medvol_nb.embryo.splits import split
 from medvol_nb.plot import montage
@@ -94,7 +93,7 @@ def select_images(
     *,
     strategy: Strategy = "every-phase-vid", # which frames
     per_phase: int | None = None, # frames of each phase, for 'balanced'
-    limit: int | None = None, # frames in all, for 'random' and 'every-phase-vid'
+    limit: int | None = None, # pictures in all; more are left out
     on_shortage: Literal["error", "drop"] = "error", # when a phase has fewer than `per_phase`
     plane_mode: Literal["one", "all"] = "one", # draw one plane for each frame, or take all
     max_per_video: int | None = None, # frames of one video
@@ -252,9 +251,11 @@ class FolderItem(NamedTuple):
     plane: FocalPlane | None # where it was focused
 
 def _told(folder: Path) -> list[FolderItem]:
-    "Pictures of a folder without record: any of the three layouts, as others write them"
+    "Pictures of a folder without record, in the published layout"
     with contextlib.suppress(MissingFile):
         rows = {Path(r["filename"]).stem: r for r in read_csv(folder/"metadata.csv", ("filename", "label", "phase"))}
+        if not (folder/"images").is_dir():
+            raise FormatError(f"image folder {folder}: metadata.csv without a folder images. Copy the whole folder")
         found = []
         for p in sorted((folder/"images").iterdir(), key=lambda p: (len(p.stem), p.stem)):
             text, row = folder/"descriptions"/f"{p.stem}.txt", rows.get(p.stem, {})
@@ -311,7 +312,7 @@ def make_image_folder(
     planes: Sequence[str] = ("F+00",), # focal planes, or all
     strategy: Literal["every-phase-vid", "balanced", "random"] = "every-phase-vid", # which frames
     per_phase: int | None = None, # frames of each phase, for balanced
-    limit: int | None = None, # frames in all
+    limit: int | None = None, # pictures in all; more are left out
     on_shortage: Literal["error", "drop"] = "error", # when a phase has fewer than asked for
     plane_mode: Literal["one", "all"] = "one", # one plane for each frame, drawn, or all of them
     layout: Literal["split", "flat", "hf"] = "split", # of the files
@@ -356,7 +357,7 @@ told = make_image_folder(dataset=d/"tree", split_file=d/"split.json", set="eval"
                          image_folder_parent=d, image_folder_name="val", planes=["F+00", "F15"])
 items = read_image_folder(d/"val")
 print((d/"val"/"metadata.csv").read_text()[:120])
-montage([read(i.path) for i in items[:12]], 6, [f"{i.phase.value} {i.plane.pretty}" for i in items[:12]])
+montage([read_frame(i.path) for i in items[:12]], 6, [f"{i.phase.value} {i.plane.pretty}" for i in items[:12]])
 
 # %%
 assert told["links"] == {"hard": len(items)} and items[0].prompt.endswith(f"focal plane {items[0].plane.pretty}")

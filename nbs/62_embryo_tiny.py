@@ -65,7 +65,7 @@ sd.__name__
 # %% [markdown]
 # ## Words
 # CLIP's tokenizer lowers the case, splits words, digits and signs, and joins frequent pairs of letters. Trained on the
-# 112 sentences that name a phase and a plane, it spends 22 numbers on the longest of them; 77 is the limit. The order
+# 112 sentences that name a phase and a plane, it spends 23 numbers on the longest of them; 77 is the limit. The order
 # of its vocabulary is that of the published one: bytes, bytes that end a word, joined pairs, then start and end.
 
 # %%
@@ -152,7 +152,7 @@ def make_tiny_sd(
     out: str | os.PathLike, # folder to write, in the layout of diffusers
     *,
     seed: int = 0, # of the weights
-    resolution: int = 64, # width and height of its images, a multiple of 8 [pixel]
+    resolution: int = 64, # width and height of its images, a multiple of 16 [pixel]
     latent_scale: float | str = "auto", # scaling factor of the latent images; 'auto': measured on phantoms
     channels: Sequence[int] = (32, 64), # of the two levels of the denoising network
     on_exists: OnExists = "error", # what to do when `out` is there already
@@ -381,7 +381,7 @@ def teach_autoencoder(
     seed: int = 0, # names every random stream
     device: str = "auto", # where to train
     on_exists: OnExists = "error", # what to do when `out` is there already
-) -> float: # squared error at the end, of pixels in [-1, 1]
+) -> float: # squared error at the end, of pixels in [-1, 1]; NaN: skipped
     "Train the autoencoder of a pipeline on pictures; an interrupted training goes on where it stopped"
     if not check_output(out, on_exists, inputs=[model]): return float("nan")
     pipe = load_sd(model, device=device)

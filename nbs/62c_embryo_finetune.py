@@ -116,7 +116,7 @@ class Validation:
 # %%
 #| export
 _FORMAT = "medvol_nb.embryo.finetune 1"
-# Settings that do not change the weights that a run arrives at
+# Settings that do not change the weights that a run arrives at; the number of steps is for `fit` to compare
 _FREE = {"device", "workers", "checkpoint_steps", "checkpoints_total_limit", "report_to", "wandb_entity",
          "wandb_project_name", "wandb_mode", "steps_per_image", "max_train_steps", "num_validation_images",
          "validation_image_steps", "validation_folder", "sample_batch_size"}
@@ -217,15 +217,14 @@ def _export(plan: Plan, base: Path, model: Denoiser, c: Conditions) -> None:
 def _resume_from(plan: Plan, given: str) -> Path | None:
     "The checkpoint that is named; None: the newest"
     folder = plan.out/"checkpoints"
-    steps = {p: int(p.stem.split("-")[1]) for p in sorted(folder.glob("step-*.safetensors"))}
     if given == "latest":
         if latest_checkpoint(folder) is None:
             raise MissingFile(f"resume_from_checkpoint: {folder} holds no checkpoint to go on from")
         return None
     path = folder/given if not Path(given).exists() else Path(given)
-    mine = {p.resolve(): p for p in steps}
+    mine = {p.resolve(): p for p in sorted(folder.glob("step-*.safetensors"))}
     if path.resolve() not in mine:
-        shown = ", ".join(p.name for p in steps) or "none"
+        shown = ", ".join(p.name for p in mine.values()) or "none"
         raise MissingFile(f"resume_from_checkpoint: {given} is not a checkpoint of this run. There are: {shown}")
     return mine[path.resolve()]
 
@@ -387,10 +386,14 @@ def finetune(
         raise ConfigError(f"resume_from_checkpoint: goes on with a run, on_exists={on_exists!r} does not")
     parent = Path(save_model_to or output_dir)
     out = parent/names[0]
-    if (out/"run.json").exists() and read_run(out)["complete"]:
+    if (out/"run.json").exists() and (about := read_run(out))["complete"]:
         if on_exists != "skip" or resume_from_checkpoint:
             raise OutputExists(f"{out} is a finished run, it is never overwritten. Choose another --run-name")
-        return {"run": str(out), "finished": True, "steps": read_run(out)["steps"], "note": "was finished before"}
+        free = _FREE - {"steps_per_image", "max_train_steps"} # the steps of this run are done
+        if differ := [k for k, v in plain(cfg).items() if k not in free and about["settings"].get(k, v) != v]:
+            raise OutputExists(f"{out} is a finished run with other settings ({', '.join(differ)}), it is never "
+                               "overwritten. Choose another --run-name")
+        return {"run": str(out), "finished": True, "steps": about["steps"], "note": "was finished before"}
     class_dir = Path(class_data_dir_parent)/names[0] if class_data_dir_parent is not None else None
     plan = plan_run(cfg, image_folder, out, class_dir=class_dir)
     summary = {"run": str(out), "pictures": len(plan.pictures), "phases": plan.pictures.phases, "mode": plan.mode,
@@ -430,6 +433,7 @@ assert done["finished"] and done["steps"] == 16 == len(read_csv(run/"log.csv")) 
 assert read_run(run)["template"] == [PROMPT, False] and read_run(run)["complete"]
 assert finetune(**common, run_name="few")["note"] == "was finished before"
 with raises(OutputExists, match="never overwritten"): finetune(**common, run_name="few", on_exists="overwrite")
+with raises(OutputExists, match=r"other settings \(rank\)"): finetune(**common, run_name="few", rank=8)
 
 # %% [markdown]
 # Interrupted after any number of steps, it ends with the same bytes:

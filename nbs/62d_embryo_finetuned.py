@@ -45,8 +45,8 @@ from medvol_nb.phantoms import embryo_frame
 
 # %% [markdown]
 # ## Whatever a model can be
-# `load_finetuned` reads a run folder, one of its checkpoints, a folder of diffusers, or a LoRA
-# file with its base. It knows the words the model was trained with and refuses a phase it never saw.
+# `load_finetuned` reads a run folder, one of its checkpoints, a folder of diffusers, or a LoRA file with its base. It
+# knows the words the model was trained with and refuses a phase it never saw.
 
 # %%
 #| export
@@ -92,7 +92,7 @@ class FineTuned:
         if self.table is None:
             text = self.prompt(phase, plane, prompt)
             seen = self.about.get("pictures", {}).get("phases", [])
-            if self.about.get("mode") == "caption" and phase.value not in seen and seen:
+            if seen and phase.value not in seen: # one prompt for all (mode 'prompt') may name no phase at all
                 raise ConfigError(f"phase: this model never saw {phase.value}, it was trained on {', '.join(seen)}")
             return *encode_prompts(self.pipe, [text, ""]), text
         for name in ((phase.value, plane.pretty), (phase.value, "")):
@@ -119,7 +119,7 @@ def load_finetuned(
     path: str | os.PathLike, # run folder, checkpoint of a run, folder of diffusers, hub name, or a LoRA file
     *,
     device: str = "auto", # where it goes
-    base: str | os.PathLike | None = None, # base model of a LoRA file; None: the one in the run's record
+    base: str | os.PathLike | None = None, # base model, needed for a LoRA file; None: the one in the run's record
     local_files_only: bool = False, # never ask the hub
 ) -> FineTuned: # model, words, identity
     "Load a model to draw with"

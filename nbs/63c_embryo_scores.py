@@ -277,7 +277,7 @@ def fit_transitions(
 
 def decode(
     log_probs: np.ndarray, # (t, 16) of each frame, in the order of frames
-    transitions: Transitions, # of the species
+    transitions: Transitions, # from training videos
 ) -> np.ndarray: # (t) int, never falling
     "Most probable path of phases that never goes back"
     scores = np.asarray(log_probs, np.float64)

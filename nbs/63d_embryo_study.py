@@ -30,10 +30,9 @@ from medvol_nb.core import (ConfigError, DataError, MissingFile, OnExists, check
 from medvol_nb.embryo.classify import (ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from medvol_nb.embryo.dataset import EmbryoFrames
-from medvol_nb.embryo.diffusion import picture_number
-from medvol_nb.embryo.generate import read_record
-from medvol_nb.embryo.phases import PHASES
 from medvol_nb.embryo.features import LabelledImages
+from medvol_nb.embryo.generate import read_record, run_images
+from medvol_nb.embryo.phases import PHASES
 from medvol_nb.embryo.scores import phase_metrics, read_predictions, write_predictions
 
 # %%
@@ -68,7 +67,7 @@ def images_of_run(
     folder = Path(folder)
     phase, _, about = read_record(folder)
     if about.get("complete") is False: raise DataError(f"{folder}: this run is not complete. Finish it first")
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=picture_number)
+    files = run_images(folder)
     if not files: raise DataError(f"{folder}: holds no pictures")
     if len(files) != about.get("num_images", len(files)):
         raise DataError(f"{folder}: holds {len(files)} of {about['num_images']} pictures")

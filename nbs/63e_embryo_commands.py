@@ -28,7 +28,7 @@ from medvol_nb.embryo.classify import (Architecture, ClassifierConfig, load_clas
                                        train_classifier)
 from medvol_nb.embryo.dataset import EmbryoFrames, merged_phases
 from medvol_nb.embryo.features import LabelledImages, balanced, extract_features
-from medvol_nb.embryo.generate import read_record
+from medvol_nb.embryo.generate import read_record, run_images
 from medvol_nb.embryo.index import EmbryoIndex, build_index
 from medvol_nb.embryo.phases import PHASES, FocalPlane, label_frames, parse_label, parse_planes, read_phases
 from medvol_nb.embryo.quality import Copies, add_quality, copies_figure, refuse_copies, run_quality
@@ -101,7 +101,7 @@ def export_run(
     "Copy a synthetic run to a place where it can be shared, unless its pictures repeat training pictures"
     refuse_copies(copies, limit)
     if not check_output(out, on_exists, inputs=[folder]): return False
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = run_images(folder)
     if len(files) != len(copies.flagged):
         raise DataError(f"{folder}: holds {len(files)} pictures, {len(copies.flagged)} were looked at")
     with atomic(out, on_exists, folder=True) as temp:
@@ -121,7 +121,7 @@ def metrics(
     batch_size: int = 50, # pictures at a time
     num_workers: int = 0, # threads that decode
     num_classes: int = 16, # phases; there are sixteen
-    max_dataset_size: int = 5000, # real pictures of a phase at most
+    max_dataset_size: int = 5000, # pictures at most: real ones of a phase, synthetic ones of a run
     debug: bool = False, # at most 50 pictures of each kind, for a quick look
     seed: int = 0, # names the choice of pictures
     device: str = "auto", # where the network runs
@@ -138,6 +138,9 @@ def metrics(
     out, limit = Path(result_fold_path), min(max_dataset_size, 50) if debug else max_dataset_size
     judge = load_classifier(model_weights_path, model_architecture)
     runs = {folder: images_of_run(folder) for folder in find_runs(synth_data_path)}
+    if large := [f.name for f, s in runs.items() if export is not None and len(s) > limit]:
+        raise ConfigError(f"export: needs a look at all pictures, {', '.join(large)} holds more than max_dataset_size "
+                          f"({limit}). Raise it")
     given = parse_planes(planes)
     if odd := [f.name for f in runs if read_record(f)[1] not in given]:
         raise ConfigError(f"planes: {', '.join(odd)} show another focal plane than "
@@ -271,8 +274,8 @@ def _predict(chosen: LabelledImages, index: EmbryoIndex, split: dict, models: Se
         transitions = fit_transitions([merged_phases(cfg.merge)[index.phase[index.rows(v)]] for v in split["train"]])
     report = {}
     for path in models:
-        foreign = Path(path).suffix not in ("", ".safetensors")
-        judge = load_classifier(path, cfg.architecture if foreign else None, cfg.size if foreign else None)
+        foreign = not Path(path).is_dir() and Path(path).suffix != ".safetensors" # says neither network nor size
+        judge = load_classifier(path, cfg.architecture if foreign else None, cfg.size)
         if judge.name in report: raise ConfigError(f"classify predict: two models are called {judge.name}, rename one")
         probs = predict_phases(judge, chosen, batch_size=cfg.batch_size, workers=cfg.workers, device=cfg.device,
                                dask=dask).probs

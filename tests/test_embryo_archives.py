@@ -78,6 +78,10 @@ def spoil(src, fault):
         plane.mkdir()
     elif fault == "csv header":
         (src / "embryo_dataset_grades.csv").write_text("name,grade\n")
+    elif fault == "csv mark":
+        (src / "embryo_dataset_grades.csv").write_bytes(b"\xef\xbb\xbf")
+    elif fault == "three bytes":
+        plane.write_bytes(plane.read_bytes()[:3])
     elif fault == "plain tar":
         plane.write_bytes(gzip.decompress(plane.read_bytes()))
 
@@ -92,6 +96,8 @@ def spoil(src, fault):
         ("html", BadArchive, "looks like a web page"),
         ("folder", BadArchive, "is not a file"),
         ("csv header", BadArchive, "video_name,TE,ICM"),
+        ("csv mark", BadArchive, "video_name,TE,ICM"),
+        ("three bytes", BadArchive, "is not a gzip file"),
         ("plain tar", BadArchive, "is not a gzip file"),
     ],
 )

@@ -31,6 +31,16 @@ def test_D12_validation_and_test_sets_are_found_by_all_their_names(data, tmp_pat
     assert read_csv(tables[0]) == read_csv(tables[1]) and len(read_csv(tables[0])) == 13
 
 
+def test_a_run_folder_may_have_a_dot_in_its_name(data, tmp_path):
+    import shutil
+
+    root, where = data
+    for name in ("net-0.5", "net-0.7"):
+        shutil.copytree(root / "net", tmp_path / name)
+    models = [str(tmp_path / name) for name in ("net-0.5", "net-0.7")]
+    assert list(classify("predict", model=models, out=tmp_path / "t", device="cpu", **where)) == ["net-0.5", "net-0.7"]
+
+
 def test_tables_must_have_the_pictures_of_the_set(data, tmp_path):
     root, where = data
     found = classify("predict", model=[str(root / "net")], out=tmp_path / "t", device="cpu", **where)["net"]["files"]
@@ -107,6 +117,7 @@ def test_runs_that_repeat_training_pictures_are_not_exported(data, tmp_path):
         write_json(folder / "metadata.json", {"phase": PHASES[phase], "focal-plane": "F+00"})
         for k in range(count):
             shutil.copy(index.path(list(index.planes)[0], video, frames[k % len(frames)]), folder / f"img{k}.jpg")
+    (tmp_path / "runs" / "again" / "._img0.jpg").touch()  # left by another system, not a picture
     (tmp_path / "out").mkdir()
     given = {"orig_data_path": root / "data", "synth_data_path": tmp_path / "runs", "device": "cpu",
              "model_weights_path": root / "net", "split_file_path": root / "split.json",
@@ -116,5 +127,7 @@ def test_runs_that_repeat_training_pictures_are_not_exported(data, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
     told = metrics(result_fold_path=tmp_path / "m2", max_copy_share=1.0, **given)
     assert sorted(told["exported"]) == ["again", "copied"] == sorted(p.name for p in (tmp_path / "out").iterdir())
+    with pytest.raises(ConfigError, match="copied holds more than max_dataset_size .2"):
+        metrics(result_fold_path=tmp_path / "m", max_dataset_size=2, **given)
     with pytest.raises(ConfigError, match="not --debug"):
         metrics(result_fold_path=tmp_path / "m", debug=True, **given)

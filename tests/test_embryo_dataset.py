@@ -279,6 +279,10 @@ def test_ground_truth(tree, tmp_path):
         assert PHASES[int(k)] == phase and parse_label(label)[0] is FocalPlane.F0
     with pytest.raises(OutputExists):
         ground_truth(tree, tmp_path / "truth.csv")
+    before = (tmp_path / "truth.csv").read_bytes()
+    told = ground_truth(tree, tmp_path / "truth.csv", planes=["all"], on_exists="skip")
+    assert told == {"table": str(tmp_path / "truth.csv"), "skipped": True}  # not the lines of another table
+    assert (tmp_path / "truth.csv").read_bytes() == before
 
 
 def test_A17_no_torch_and_quick():

@@ -208,6 +208,24 @@ def test_A11_class_pictures_are_made_once_and_losses_are_logged(tiny, few, tmp_p
         model.condition(Phase.t4, FocalPlane.F0)
 
 
+def test_one_prompt_without_a_phase_draws_the_phases_that_it_was_trained_on_alone(tiny, tmp_path):
+    t2 = image_folder(tmp_path / "t2", phases=("t2",))
+    given = {"instance_prompt": "a photo of sks embryo", "max_train_steps": 1, "num_validation_images": 0}
+    run(tiny, t2, tmp_path, "sks", ("prior_preservation=false",), **given)
+    model = load_finetuned(tmp_path / "sks", device="cpu")
+    assert model.condition(Phase.t2, FocalPlane.F0)[2] == given["instance_prompt"]
+    with pytest.raises(ConfigError, match="never saw tM, it was trained on t2"):
+        model.condition(Phase.tM, FocalPlane.F0)
+
+
+def test_validation_pictures_lack_descriptions_only_if_they_do(tiny, few, tmp_path):
+    shutil.copytree(few / "images", tmp_path / "bare" / "images")
+    with pytest.raises(ConfigError, match="1 problem before training: validation_folder.*bare has no descriptions"):
+        run(tiny, few, tmp_path, dry_run=True, validation_folder=tmp_path / "bare")
+    with pytest.raises(ConfigError, match="1 problem before training: conditioning.*bare has no descriptions"):
+        run(tiny, tmp_path / "bare", tmp_path, dry_run=True, validation_folder=few)
+
+
 def test_A11_class_pictures_of_unknown_origin_are_refused(tiny, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "class-00000.png").write_bytes(b"")

@@ -134,6 +134,12 @@ def test_split_command(data, tmp_path):
     told = split_command(data / "tree", tmp_path, (3, 1), seed=5)
     assert set(json.loads((tmp_path / "split.json").read_text())) == {"train", "test", "_meta"}
     assert sum(told["counts"].values()) == 8
+    make_phantom_dataset(tmp_path / "same", 4, 6, ["F+00"], 16)
+    for table in (tmp_path / "same" / "embryo_dataset_annotations").iterdir():
+        table.write_text("t2,1,6\n")
+    split_command(tmp_path / "same", tmp_path / "old.json", (3, 1), compat="upstream")
+    said = [json.loads((tmp_path / n).read_text())["_meta"]["group"] for n in ("split.json", "old.json")]
+    assert said == ["code", "none"]  # the published algorithm keeps no couple together
     with pytest.raises(OutputExists):
         split_command(data / "tree", tmp_path, (3, 1))
     with pytest.raises(ConfigError, match="two or three"):
@@ -270,6 +276,12 @@ def test_changed_folders_are_noticed(data):
     image.write_bytes(image.read_bytes()[:-1])
     with pytest.raises(FormatError, match="1 of .* pictures changed: images/0.jpeg"):
         read_image_folder(data / "folders" / "changed")
+
+
+def test_a_folder_without_its_pictures_is_told(tmp_path):
+    (tmp_path / "metadata.csv").write_text("filename,label,phase\n")
+    with pytest.raises(FormatError, match="metadata.csv without a folder images"):
+        read_image_folder(tmp_path)
 
 
 def test_published_folders_are_read(data):

@@ -71,10 +71,11 @@ def _check_source(src: Path, wanted: Sequence[str]) -> None:
         else:
             with open(path, "rb") as f: start = f.read(4096)
             if name == GRADES:
-                header = [h.strip() for h in start.decode("utf-8-sig", "replace").splitlines()[0].split(",")]
+                lines = start.decode("utf-8-sig", "replace").splitlines() or [""] # a byte order mark alone is no line
+                header = [h.strip() for h in lines[0].split(",")]
                 if not {"video_name", "TE", "ICM"} <= set(header):
                     wrong.append(f"{name} does not begin with the header video_name,TE,ICM, but {header[:4]}")
-            elif start[:3] != b"\x1f\x8b\x08":
+            elif start[:3] != b"\x1f\x8b\x08" or len(start) < 18: # header and trailer of gzip alone are 18 bytes
                 page = " It looks like a web page, such as an error message" if start.lstrip()[:1] == b"<" else ""
                 wrong.append(f"{name} is not a gzip file.{page}")
     if wrong: raise BadArchive(f"{src}: {'; '.join(wrong)}. Download again")

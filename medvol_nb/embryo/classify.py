@@ -230,7 +230,7 @@ def balanced_accuracy(
     "Mean over the phases that occur of the share that was recognised"
     return float(np.mean([(predicted[truth == c] == c).mean() for c in np.unique(truth)]))
 
-# What does not change the weights a run arrives at
+# What does not change the weights a run arrives at, or is compared in another form: `start`, and steps by `fit`
 _FREE = {"device", "workers", "weights", "epochs", "steps"}
 
 def train_classifier(
@@ -350,7 +350,8 @@ def load_classifier(
         raise ConfigError(f"{path}: is of a {about['architecture']}, not of a {architecture}")
     net = PhaseNet(about["architecture"], ordinal=about["ordinal"])
     load_weights(net, weights)
-    own = path.parent.name if path.name in ("best.safetensors", "model.safetensors") else path.stem
+    if path.is_dir(): own = path.name # all of it: 'run-0.5' is not 'run-0'
+    else: own = path.parent.name if path.name in ("best.safetensors", "model.safetensors") else path.stem
     return Classifier(net.eval(), about, name or own)
 
 def predict_phases(

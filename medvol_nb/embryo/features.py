@@ -86,7 +86,8 @@ class LabelledImages:
         "Fingerprint of paths, sizes and times of files, or of the arrays themselves"
         def of(s: Any) -> Any:
             if isinstance(s, np.ndarray): return s
-            stat = os.stat(s)
+            try: stat = os.stat(s)
+            except FileNotFoundError: raise MissingFile(f"{s} does not exist") from None
             return [os.path.abspath(s), stat.st_size, stat.st_mtime_ns]
         return fingerprint([of(s) for s in self.sources])
 

@@ -73,7 +73,7 @@ def select_images(
     *,
     strategy: Strategy = "every-phase-vid", # which frames
     per_phase: int | None = None, # frames of each phase, for 'balanced'
-    limit: int | None = None, # frames in all, for 'random' and 'every-phase-vid'
+    limit: int | None = None, # pictures in all; more are left out
     on_shortage: Literal["error", "drop"] = "error", # when a phase has fewer than `per_phase`
     plane_mode: Literal["one", "all"] = "one", # draw one plane for each frame, or take all
     max_per_video: int | None = None, # frames of one video
@@ -203,9 +203,11 @@ class FolderItem(NamedTuple):
     plane: FocalPlane | None # where it was focused
 
 def _told(folder: Path) -> list[FolderItem]:
-    "Pictures of a folder without record: any of the three layouts, as others write them"
+    "Pictures of a folder without record, in the published layout"
     with contextlib.suppress(MissingFile):
         rows = {Path(r["filename"]).stem: r for r in read_csv(folder/"metadata.csv", ("filename", "label", "phase"))}
+        if not (folder/"images").is_dir():
+            raise FormatError(f"image folder {folder}: metadata.csv without a folder images. Copy the whole folder")
         found = []
         for p in sorted((folder/"images").iterdir(), key=lambda p: (len(p.stem), p.stem)):
             text, row = folder/"descriptions"/f"{p.stem}.txt", rows.get(p.stem, {})
@@ -257,7 +259,7 @@ def make_image_folder(
     planes: Sequence[str] = ("F+00",), # focal planes, or all
     strategy: Literal["every-phase-vid", "balanced", "random"] = "every-phase-vid", # which frames
     per_phase: int | None = None, # frames of each phase, for balanced
-    limit: int | None = None, # frames in all
+    limit: int | None = None, # pictures in all; more are left out
     on_shortage: Literal["error", "drop"] = "error", # when a phase has fewer than asked for
     plane_mode: Literal["one", "all"] = "one", # one plane for each frame, drawn, or all of them
     layout: Literal["split", "flat", "hf"] = "split", # of the files

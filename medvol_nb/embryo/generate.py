@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Draw', 'save_synthetic', 'read_note', 'RunSpec', 'fill_run', 'make_run', 'write_run', 'check_run', 'read_record',
-           'SyntheticRuns', 'Mixed', 'phases_of', 'mix', 'generate']
+           'run_images', 'SyntheticRuns', 'Mixed', 'phases_of', 'mix', 'generate']
 
 # %% ../../nbs/63_embryo_generate.ipynb #imports
 import datetime
@@ -260,6 +260,13 @@ def read_record(
     try: return Phase.parse(about["phase"]), FocalPlane.parse(plane), about
     except ConfigError as e: raise FormatError(f"{file}: {e}") from None
 
+def run_images(
+    folder: str | os.PathLike, # of a run
+) -> list[Path]: # in order of their numbers, hidden files left out
+    "Image files of a synthetic run"
+    return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in _IMAGES and not p.name.startswith(".")),
+                  key=picture_number)
+
 class SyntheticRuns:
     "Images of one or many synthetic runs as a data set"
     def __init__(
@@ -282,8 +289,7 @@ class SyntheticRuns:
         for run in runs:
             phase, plane, about = read_record(run)
             if wanted is not None and phase not in wanted: continue
-            files = sorted((p for p in run.iterdir() if p.suffix.lower() in _IMAGES and not p.name.startswith(".")),
-                           key=picture_number)
+            files = run_images(run)
             n = about.get("num_images", len(files))
             if not incomplete and (about.get("complete") is False or len(files) != n):
                 raise DataError(f"{run}: this run has {len(files)} of {n} images. Go on with it (generate --resume)")

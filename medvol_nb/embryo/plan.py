@@ -148,7 +148,7 @@ def plan_run(
     prior = cfg.prior_preservation if cfg.prior_preservation is not None else mode == "prompt"
     if prior and mode == "class":
         found.append("prior_preservation: class pictures have a prompt, a learned table of phases has none")
-    if held is not None and (pictures.captions is None) != (held.captions is None) and mode == "caption":
+    if held is not None and held.captions is None and mode == "caption":
         found.append(f"validation_folder: {held.root} has no descriptions")
     if found: raise ConfigError(f"{len(found)} problem{'s'*(len(found) > 1)} before training: " + "; ".join(found))
     steps = cfg.max_train_steps or cfg.steps_per_image*len(pictures)

@@ -237,7 +237,8 @@ def split(
         grouped_split(found, shares, seed, group=group)
     fair = check_fairness(index, made)
     if fair["torn_couples"]: log.warning("%d couples are in more than one set", fair["torn_couples"])
-    meta = {"format": 1, "seed": seed, "weights": list(weights), "group": group, "compat": compat,
+    kept = "none" if compat == "upstream" else group # the published algorithm keeps nothing together
+    meta = {"format": 1, "seed": seed, "weights": list(weights), "group": kept, "compat": compat,
             "counts": {k: len(v) for k, v in made.items()}, "videos": fingerprint(found)}
     write_json(path, {**made, "_meta": meta}, on_exists)
     return {"split": str(path), "counts": meta["counts"], **fair}

@@ -21,10 +21,9 @@ from ..core import (ConfigError, DataError, MissingFile, OnExists, check_output,
 from .classify import (ClassifierConfig, load_classifier, merge_phases, predict_phases,
                                        train_classifier)
 from .dataset import EmbryoFrames
-from .diffusion import picture_number
-from .generate import read_record
-from .phases import PHASES
 from .features import LabelledImages
+from .generate import read_record, run_images
+from .phases import PHASES
 from .scores import phase_metrics, read_predictions, write_predictions
 
 # %% ../../nbs/63d_embryo_study.ipynb #images_of
@@ -43,7 +42,7 @@ def images_of_run(
     folder = Path(folder)
     phase, _, about = read_record(folder)
     if about.get("complete") is False: raise DataError(f"{folder}: this run is not complete. Finish it first")
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")), key=picture_number)
+    files = run_images(folder)
     if not files: raise DataError(f"{folder}: holds no pictures")
     if len(files) != about.get("num_images", len(files)):
         raise DataError(f"{folder}: holds {len(files)} of {about['num_images']} pictures")

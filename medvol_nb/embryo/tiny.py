@@ -104,7 +104,7 @@ def make_tiny_sd(
     out: str | os.PathLike, # folder to write, in the layout of diffusers
     *,
     seed: int = 0, # of the weights
-    resolution: int = 64, # width and height of its images, a multiple of 8 [pixel]
+    resolution: int = 64, # width and height of its images, a multiple of 16 [pixel]
     latent_scale: float | str = "auto", # scaling factor of the latent images; 'auto': measured on phantoms
     channels: Sequence[int] = (32, 64), # of the two levels of the denoising network
     on_exists: OnExists = "error", # what to do when `out` is there already
@@ -267,7 +267,7 @@ def teach_autoencoder(
     seed: int = 0, # names every random stream
     device: str = "auto", # where to train
     on_exists: OnExists = "error", # what to do when `out` is there already
-) -> float: # squared error at the end, of pixels in [-1, 1]
+) -> float: # squared error at the end, of pixels in [-1, 1]; NaN: skipped
     "Train the autoencoder of a pipeline on pictures; an interrupted training goes on where it stopped"
     if not check_output(out, on_exists, inputs=[model]): return float("nan")
     pipe = load_sd(model, device=device)
