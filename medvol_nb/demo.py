@@ -197,7 +197,7 @@ def demo_job(
         Step("verify", "Verification", check, (*needs, "datalist")),
         Step("labels", "One label space", _labels, ("datalist",)),
         Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
-        Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
+        Step("supervoxels", "Supervoxels", cut, (*needs, "datalist"), version=2),
         Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]

@@ -45,11 +45,11 @@ def supervoxel_step(
     "Supervoxels of the first cases, measured against their labels"
     from medvol_nb.supervoxels import supervoxels
     from medvol_nb.sv_metrics import supervoxel_metrics
-    rows, pictures = [], {}
+    rows, pictures, left = [], {}, []
     for k, (name, img, lbl) in enumerate(sound_cases(datalist, root, 3)):
         try: found = supervoxels(img, n_segments)
         except DataError as e:
-            rows.append({"case": name, "remark": str(e)})
+            left.append(f"{name} ({e})")
             continue
         write_volume(found.labels, folder/f"{k}_seg.nii.gz")
         told = supervoxel_metrics(found.labels.data, lbl.data, img.spacing)
@@ -64,6 +64,7 @@ def supervoxel_step(
             "achievable segmentation accuracy (ASA) is the share of voxels that are right if every piece gets its "
             "commonest label, undersegmentation error (UE) is what leaks over borders, and boundary recall (BR) is "
             "what is found of them within 2 voxels.")
+    if left: text += f" Left out: {'; '.join(left)}."
     return Shown(text, {"ASA": float(np.mean(asa))} if asa else {}, rows, pictures)
 
 # %% ../nbs/86a_demo_steps.ipynb #_shapes

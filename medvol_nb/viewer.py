@@ -141,6 +141,9 @@ def match_browser(
     "Matched points of two scans, a pair at a time"
     import ipywidgets as w
     status = getattr(points, "status", None)
+    if matched is None and not hasattr(points, "matched"):
+        raise DataError("match_browser: points alone are no pairs. Give `matched`, their places in the second scan, or "
+                        "an object that holds both, such as `Matches`")
     if matched is None: points, matched, score = points.points, points.matched, getattr(points, "score", None)
     a, b = (np.asarray(p, np.float64) for p in (points, matched))
     if a.ndim != 2 or a.shape[1:] != (3,) or a.shape != b.shape or not len(a):

@@ -185,8 +185,8 @@ def paint(
     return out
 
 # %% [markdown]
-# Three shapes on a plane-like grid, one of them periodic. The check beside it does what the definition says, voxel by
-# voxel.
+# Three scenes of 6, 9 and 30 shapes; in the first and the last shapes repeat. `literal` beside them does what the
+# definition says, voxel by voxel.
 
 # %%
 bank = procedural_bank(12, seed=2, size=(10, 30))

@@ -723,7 +723,7 @@ assert torch.equal(batch[0], views[1]) and torch.equal(batch[1], views[5])
 assert all(v.min() == 0 and v.max() == 255 for v in views)
 
 # %% [markdown]
-# The same pair with each operation switched on alone shows what it does to a picture.
+# The same label map with each operation switched on alone shows what it does to a picture.
 
 # %%
 everything = ViewConfig(**{f"p_{n}": 1 for n in ("bias", "spike", "gamma", "blur", "gibbs", "sharpen", "lowres")})

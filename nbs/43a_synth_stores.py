@@ -294,7 +294,8 @@ def finish_store(
 # ## The reader
 # One reader for all of it: a store folder, an HDF5 file with its index, the folder that holds the files for training
 # and validation, and an HDF5 file of the reference, which has neither index nor checksums. `reader[i]` gives arrays;
-# damage is an error that names the sample.
+# damage is an error that names the sample. If `store.json` is damaged all samples can still be read by their records,
+# but not those of one split, since nothing else says which were held out.
 
 # %%
 #| export
@@ -302,7 +303,10 @@ class _Shards:
     "Samples of a store folder"
     def __init__(self, store: Path, split: str):
         try: self.head = read_head(store)
-        except FormatError as e: # what is needed can be found in the records, too
+        except FormatError as e: # what is needed can be found in the records, too, but for what is held out
+            if split != "all":
+                raise FormatError(f"{e}. It alone says which samples are for validation. Read them all (split='all'), "
+                                  "or make the store again") from None
             log.warning("%s. Its records are read instead; every sample found counts", e)
             self.head = self._guessed(store)
         self.store, self.size = store, self.head["shard_size"]

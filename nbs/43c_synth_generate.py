@@ -3,10 +3,10 @@
 #
 # > Bank in, store out, in one command, on one processor or a cluster, stopped and resumed at will: the same bytes.
 #
-# The reference makes a data set in three steps with two copies in between. To extend a data set repeats a tenth of it
-# under new names, and a run that was stopped begins anew. Here a run is a set of shards that are there or not. The
-# three steps exist as well, with the names and options of the reference, for those who want to look at, or change,
-# what is in between.
+# The reference makes a data set in three steps with two copies in between. When a data set is extended, a tenth of it
+# is repeated under new names, and a run that was stopped begins anew. Here a run is a set of shards that are there or
+# not. The three steps exist as well, with the names and options of the reference, for those who want to look at, or
+# change, what is in between.
 
 # %%
 #| default_exp synth.generate
@@ -37,7 +37,7 @@ from medvol_nb.synth.pairfile import Compression, PairFile, Sample, array_digest
 from medvol_nb.synth.pairs import SynthConfig, SyntheticPairs, make_pair, one_thread, render_two
 from medvol_nb.synth.stores import (SHARD, PairReader, finish_store, index_of, is_whole, pair_by_name, prepare_store,
                                     read_head, read_pair, read_record, shard_range, write_record, write_shard)
-from medvol_nb.synth.templates import TemplateBank, _is_readable, _labels_of, build_bank, templates
+from medvol_nb.synth.templates import TemplateBank, _is_readable, _labels_of, _workers, build_bank, templates
 from medvol_nb.synth.views import ViewConfig
 from medvol_nb.volume import read_header, stem_of, write_volume
 
@@ -174,7 +174,8 @@ for bad in ("0/4", "5/4", "2", "a/b", "1/0"):
 # %% [markdown]
 # ## What commands have in common
 # The bank comes from a folder made by `medvol synth templates`, or is built beside the output from any tree of
-# segmentations, or is made by formula (`procedural`). A contact sheet shows what was made.
+# segmentations, or is made by formula (`procedural`). A bank that an earlier run put beside the output is used again,
+# unless it is of something else. A contact sheet shows what was made.
 
 # %%
 #| export
@@ -189,7 +190,8 @@ def bank_for(
     out = out.with_name(f"{out.name}.bank")
     if str(templatedir).split(":")[0] == "procedural" and not source.exists():
         try: n = int((str(templatedir) + ":48").split(":")[1])
-        except ValueError: raise ConfigError(f"templatedir: 'procedural:COUNT', got {templatedir!r}") from None
+        except ValueError: n = 0
+        if n < 1: raise ConfigError(f"templatedir: 'procedural:COUNT' with COUNT >= 1, got {templatedir!r}")
         templates(out, procedural=n, on_exists="skip")
         return out
     if not source.exists():
@@ -217,9 +219,6 @@ def contact_sheet(
     fig = montage(shown, 6, titles, lbls=lbls, alpha=1.0, limits=(0, 255))
     return save_figure(fig, path, "overwrite")
 
-def _workers(workers: int | None, max_workers: int | None) -> int:
-    return workers if workers is not None else -1 if max_workers is None else max_workers
-
 def _start(out: Path, on_exists: OnExists, shard: str | None) -> None:
     "Look at the place of the output before any work is done"
     if not check_output(out, on_exists) or not out.exists(): return
@@ -234,6 +233,9 @@ def _about() -> dict[str, str]: return {k: version(k) for k in ("medvol_nb", "nu
 
 def _settings(config: Any, preset: str, **given: Any) -> SynthConfig:
     "Settings of a file, changed by options that were given"
+    if config is not None and preset != "anatomix":
+        raise ConfigError(f"preset: the settings come from {config}. Write `preset: {preset}` into its groups "
+                          "`ensemble` and `view`, or leave out one of the two")
     base = plain(load_config(SynthConfig, config)) if config is not None else \
         {"ensemble": {"preset": preset}, "view": {"preset": preset}}
     base["ensemble"] |= {k: v for k, v in given.items() if v is not None}
@@ -282,7 +284,7 @@ def generate(
     val_count: int = 100, # so many of the last samples are for validation
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` and `view` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` and `view` settings and presets
     store: Literal["zarr", "hdf5"] = "zarr", # kind of store
     compression: Compression = "none", # of HDF5 chunks
     backend: Literal["auto", "numba", "torch"] = "auto", # of the labels; the result is the same
@@ -366,7 +368,7 @@ def ensembles(
     end_idx: int | None = None, # where to stop; default: all
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` settings and preset
     backend: Literal["auto", "numba", "torch"] = "auto", # the result is the same
     device: str = "cpu", # for the backend torch
     shard: str | None = None, # part of the work, such as 2/8
@@ -422,7 +424,7 @@ def views(
     savedir: str | os.PathLike = "./synthesized_views/", # folder of view1 and view2
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `view` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `view` settings and preset
     device: str = "cpu", # where views are rendered; a GPU draws other noise
     shard: str | None = None, # part of the work, such as 2/8
     max_workers: int | None = 3, # processes
@@ -472,7 +474,7 @@ def pack(
     store: Literal["hdf5", "zarr"] = "hdf5", # kind of store
     compression: Compression = "none", # of HDF5 chunks
     pairs: str | os.PathLike | None = None, # instead of pictures: a store whose parts become one file
-    workers: int = 0, # processes, for Zarr
+    workers: int = 0, # processes, for Zarr; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler, for Zarr
     on_exists: OnExists = "skip", # 'skip': go on where an earlier run stopped
     preview: str | os.PathLike | None = None, # PNG with the first samples

@@ -268,8 +268,8 @@ assert torch.equal(apply_intensity(grey[0], samples["noise"]), changed["noise"])
 
 # %% [markdown]
 # ## Items of a batch
-# `pairs` is anything with a length whose items hold `img` (both views) and `seg`: a store of page 43, pairs rendered on
-# the fly, or a list. An item is a function of its number and of the generator it is given, as everywhere in this
+# `pairs` is anything with a length whose items hold `img` (both views) and `seg`: a store (page 43a), pairs rendered on
+# the fly (43b), or a list. An item is a function of its number and of the generator it is given, as everywhere in this
 # library; that generator also chooses the points, so nothing random is left for the step itself.
 
 # %%

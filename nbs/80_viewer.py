@@ -184,7 +184,7 @@ with raises(DataError, match="these are fractions"): label_table(Volume(np.full(
 # %% [markdown]
 # ## Which matches are wrong
 # Pairs of points in two scans, one pair at a time, three planes on either side. They can be ordered by score, so the
-# doubtful ones come first. `Matches` of the page on matching can be given as they are.
+# doubtful ones come first. `Matches` of [page 34c](34c_embed_match.ipynb) can be given as they are.
 
 # %%
 #| export
@@ -208,6 +208,9 @@ def match_browser(
     "Matched points of two scans, a pair at a time"
     import ipywidgets as w
     status = getattr(points, "status", None)
+    if matched is None and not hasattr(points, "matched"):
+        raise DataError("match_browser: points alone are no pairs. Give `matched`, their places in the second scan, or "
+                        "an object that holds both, such as `Matches`")
     if matched is None: points, matched, score = points.points, points.matched, getattr(points, "score", None)
     a, b = (np.asarray(p, np.float64) for p in (points, matched))
     if a.ndim != 2 or a.shape[1:] != (3,) or a.shape != b.shape or not len(a):
@@ -250,6 +253,7 @@ assert pairs.shown == len(start) - 1
 pairs.pair.value = 1
 assert pairs.shown == len(start) - 2 and "score" in pairs.told
 with raises(DataError, match="two lists of"): match_browser(ct, ct, start, start[:1])
+with raises(DataError, match="points alone are no pairs"): match_browser(ct, ct, start)
 
 # %% [markdown]
 # ## What a network is trained on

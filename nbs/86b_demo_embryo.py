@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The embryo step of the demo
 #
-# > Archives of frames to synthetic frames in half a minute, on pictures that are themselves made by a formula.
+# > From frames to synthetic frames in half a minute, on pictures that are themselves made by a formula.
 #
 # The [demo](87_demo.ipynb) runs on a brain that everybody has. Nobody has time-lapse videos of embryos at hand, and no
 # public diffusion model fits into a test. So this step makes both small: [generated frames](60a_embryo_phantom.ipynb)

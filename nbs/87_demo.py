@@ -5,9 +5,8 @@
 #
 # A library that promises to carry data from raw volumes to trained models should do so once before anybody's eyes, on
 # data that is already there. The demo takes the MNI152 brain (the average T1 image of 152 people and its tissue maps,
-# which the `nilearn` package carries), makes a small dataset of it, and runs the steps that exist so far. Every
-# component of the library adds its own step to this list. `medvol demo --data DIR` does the same with `DIR/images`
-# and `DIR/labels`.
+# which the `nilearn` package carries), makes a small dataset of it, and runs a list of steps, in which most components
+# of the library have one of their own. `medvol demo --data DIR` does the same with `DIR/images` and `DIR/labels`.
 
 # %%
 #| default_exp demo
@@ -189,8 +188,8 @@ def _picture(path: Path, datalist: Path, root: Path) -> bool:
 
 # %% [markdown]
 # ## The job
-# Steps, their order and what they depend on, in one list. With `--data` the first step is not needed, and the names and
-# sizes of the files take its place in the fingerprint: if a file changes, the steps that read it run again.
+# Steps, their order and what they depend on, in one list. With `--data` the first step is not needed, and the names,
+# sizes and times of the files take its place in the fingerprint: if a file changes, the steps that read it run again.
 
 # %%
 #| export
@@ -239,7 +238,7 @@ def demo_job(
         Step("verify", "Verification", check, (*needs, "datalist")),
         Step("labels", "One label space", _labels, ("datalist",)),
         Step("statistics", "What is in the labels", count, (*needs, "datalist", "labels")),
-        Step("supervoxels", "Supervoxels", cut, (*needs, "datalist")),
+        Step("supervoxels", "Supervoxels", cut, (*needs, "datalist"), version=2),
         Step("synth", "Synthetic anatomy", render, (*needs, "datalist"), [train_steps, seed]),
         Step("unet", "A network for two tasks", learn, (*needs, "datalist"), [train_steps, seed]),
     ]

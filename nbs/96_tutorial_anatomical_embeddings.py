@@ -78,7 +78,7 @@ sorted(p.relative_to(root).as_posix() for p in (root/"prepared").glob("*/p0*")),
 #
 # ```bash
 # medvol embedding train --scans prepared --out run --tiny --steps 70 \
-#     --overrides spacing=6 views.patch=[16,32,32] views.degrees=5 fit.lr=5e-3
+#     --overrides spacing=6 views.patch=[16,32,32] views.degrees=5 views.rule=sample fit.lr=5e-3
 # ```
 
 # %%

@@ -231,6 +231,6 @@ place.cleanup()
 # medvol synth features --image-file scan.nii.gz --checkpoint pretrained --normalizer ct:-450,450
 # ```
 #
-# Each of eight machines makes a part of the pairs; whoever finishes last closes the store. Published weights are
-# read, too: [bring weights](44b_synth_features.ipynb). What to do with a few labelled scans is told in [few-shot
-# segmentation](44c_synth_fewshot.ipynb).
+# Each of eight machines makes a part of the pairs; whoever finishes last closes the store. `--checkpoint` takes the
+# published weights, too: [features of any volume](44b_synth_features.ipynb). What to do with a few labelled scans is
+# told in [few-shot segmentation](44c_synth_fewshot.ipynb).

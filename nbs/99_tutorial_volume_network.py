@@ -244,8 +244,8 @@ place.cleanup()
 # of 500 steps. With the four-level network (32 to 256 channels) a training sample of that size takes about 4.6 TFLOP,
 # so a GPU that sustains 50 TFLOP/s sees 11 samples a second and needs about a day for the million samples
 # (estimated). A prediction takes about 18 ms per million voxels at that speed: five hours for a trillion voxels, on
-# one GPU. Store training copies with plain zstd in chunks of 64³ or shards of 32³; the loading processes must keep up
-# with about 200 MB a second.
+# one GPU. Store training copies with plain zstd in chunks of 64³, or of 32³ in shards; the loading processes must keep
+# up with about 200 MB a second.
 #
 # ```bash
 # medvol unet find-patches --config task.json --workers -1

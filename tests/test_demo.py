@@ -16,7 +16,7 @@ import pytest
 from medvol_nb import phantoms
 from medvol_nb.core import DataError, MedvolError, MissingFile, OutputExists, write_json
 from medvol_nb.demo import demo as full_demo
-from medvol_nb.demo_steps import synth_step
+from medvol_nb.demo_steps import supervoxel_step, synth_step
 from medvol_nb.volume import Volume, affine_from, read_volume, reorient, write_volume
 from tests.faults.injectors import forked
 
@@ -121,6 +121,20 @@ def test_the_whole_job(tmp_path, straight, monkeypatch):
     alone = told(straight)
     assert all(first[n] == alone[n] for n in alone if n[:2].isdigit())
     assert 0.7 < runs[0]["figures"]["supervoxels"]["ASA"] < 1 and 0 < runs[0]["figures"]["unet"]["Dice"] < 1
+
+
+def test_a_case_without_supervoxels_is_told_and_not_in_the_table(tmp_path):
+    case = phantoms.abdomen((24, 20, 22), seed=0)
+    lbl = Volume(case.lbl, affine_from(case.spacing))
+    for k, data in enumerate((np.where(case.lbl > 0, np.nan, 0).astype(np.float32), case.img.astype(np.float32))):
+        write_volume(replace(lbl, data=data), tmp_path/f"img_{k}.nii.gz")
+        write_volume(lbl, tmp_path/f"lbl_{k}.nii.gz")
+    items = [{"image": f"img_{k}.nii.gz", "label": f"lbl_{k}.nii.gz", "fold": 0} for k in range(2)]
+    write_json(tmp_path/"list.json", {"training": items})
+    (tmp_path/"step").mkdir()
+    told = supervoxel_step(tmp_path/"step", tmp_path/"list.json", tmp_path, 30)
+    assert [r["case"] for r in told.table] == ["img_1.nii.gz"] and "supervoxels" in told.table[0]
+    assert "Left out: img_0.nii.gz (" in told.text and "NaN" in told.text
 
 
 def test_steps_can_be_left_out(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from medvol_nb.cli import command
 from medvol_nb.config import check_config
@@ -199,7 +200,11 @@ def test_settings_that_cannot_be(bank, tmp_path):
         with pytest.raises(ConfigError, match=words): generate(tmp_path/"a", **{**options(bank, 4), **given})
         assert not list((tmp_path/"a").iterdir())
     with pytest.raises(MissingFile, match="procedural"): generate(tmp_path/"b", templatedir=tmp_path/"none")
-    with pytest.raises(ConfigError, match="procedural:COUNT"): bank_for("procedural:many", tmp_path/"x")
+    for wrong in ("many", "0", "-2"):
+        with pytest.raises(ConfigError, match="procedural:COUNT"): bank_for(f"procedural:{wrong}", tmp_path/"x")
+    write_json(tmp_path/"c.json", {"ensemble": {"shape": 16}})
+    with pytest.raises(ConfigError, match="Write `preset: medvol` into its groups"):
+        generate(tmp_path/"b", **options(bank, 4), config=tmp_path/"c.json", preset="medvol")
     with pytest.raises(ConfigError, match="start_idx"): ensembles(savedir=tmp_path/"b", **options(bank), start_idx=-1)
 
 
@@ -213,6 +218,14 @@ def test_other_seed_or_bank_is_not_mixed_in(bank, tmp_path):
     with pytest.raises(OutputExists): generate(tmp_path/"a", **options(bank, 4), on_exists="error")
     generate(tmp_path/"a", **options(bank, 4), seed=1, on_exists="overwrite")
     assert read_head(tmp_path/"a")["params"]["seed"] == 1
+
+
+def test_a_bank_beside_the_output_is_the_one_that_was_asked_for(tmp_path):
+    small = {**options(None, 2), "templatedir": "procedural:3"}
+    generate(tmp_path/"a", **small)
+    assert generate(tmp_path/"a", **small)["done"] == 0
+    with pytest.raises(OutputExists, match="a.bank was made from other sources"):
+        generate(tmp_path/"a", **{**small, "templatedir": "procedural:5"})
 
 
 def test_part_of_covers_everything_once():
@@ -291,6 +304,14 @@ def test_synthetic_pairs(bank):
     data.set_epoch(0)
     got = [b for b in data.batches(3)]
     assert [fingerprint(x.numpy()) for b in got for x in b["img"]] == first and got[0]["seg"].shape == (3, 16, 16, 16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2) # whoever uses a batch has them, also between two and after giving up
+        for _ in data.batches(3):
+            assert torch.get_num_threads() == 2
+            break
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(threads)
     with pytest.raises(IndexError): data[6]
     with pytest.raises(DataError, match="n >= 1"): SyntheticPairs(opened, 0)
 

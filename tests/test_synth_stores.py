@@ -266,6 +266,14 @@ def test_records_are_untrusted(tmp_path):
         with pytest.raises((DataError, FormatError), match=words): open_pairs(path)[0]
 
 
+def test_nothing_is_trained_with_what_was_held_out_if_the_head_is_damaged(tmp_path):
+    path = store(tmp_path/"s", "zarr", 20, val_count=4)
+    (path/"store.json").write_bytes((path/"store.json").read_bytes().replace(b'"n": 20', b'"n": 21'))
+    for split in ("train", "val"):
+        with pytest.raises(FormatError, match="It alone says which samples are for validation"): open_pairs(path, split)
+    assert len(open_pairs(path)) == 20 and same(open_pairs(path)[17], toy(17))
+
+
 def test_absent_and_unfinished(tmp_path):
     with pytest.raises(MissingFile, match="does not exist"): open_pairs(tmp_path/"x")
     with pytest.raises(MissingFile, match="neither store.json"): open_pairs(tmp_path)

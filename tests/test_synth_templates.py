@@ -320,6 +320,25 @@ def test_deletion_stops_at_a_file_that_changed(tmp_path):
     assert (root/"s0000"/"segmentations"/"aorta.nii.gz").exists()
 
 
+def test_a_bank_of_something_else_is_not_used_again(tmp_path):
+    a, b = tree(tmp_path/"a", 1), tree(tmp_path/"b", 1)
+    (tmp_path/"link").symlink_to(a)
+    build_bank(a, tmp_path/"bank")
+    for roots, more in ((b, {}), ([a, b], {}), (a/"s0000"/"segmentations"/"liver.nii.gz", {}), (a, {"min_voxels": 9}),
+                        (b, {"delete_sources": True})):
+        with pytest.raises(OutputExists, match="made from other sources or with other settings"):
+            build_bank(roots, tmp_path/"bank", on_exists="skip", **more)
+    for root in (a, tmp_path/"link", a/"s0000"): # the same files below each of them
+        assert build_bank(root, tmp_path/"bank", on_exists="skip")["templates"] == 5
+    assert len(list(a.rglob("*.nii.gz"))) == len(list(b.rglob("*.nii.gz"))) == 8
+    procedural_bank(3, size=(6, 8)).save(tmp_path/"other")
+    with pytest.raises(OutputExists, match="other sources"): build_bank(a, tmp_path/"other", on_exists="skip")
+    templates(tmp_path/"made", procedural=3)
+    assert templates(tmp_path/"made", procedural=3, on_exists="skip")["templates"] == 3
+    for other in ({"procedural": 4}, {"procedural": 3, "seed": 1}):
+        with pytest.raises(OutputExists, match="other sources"): templates(tmp_path/"made", on_exists="skip", **other)
+
+
 def test_find_sources_of_a_single_subject(tmp_path):
     root = tree(tmp_path/"tree", 1)
     assert find_sources(root/"s0000")[1][0][0] == "." and find_sources(root/"s0000"/"segmentations")[1][0][1] == "masks"

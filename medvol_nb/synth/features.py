@@ -106,7 +106,7 @@ def features(
     device: str = "auto", # where the network runs
     suffix: Literal[".nii.gz", ".zarr", ".npz"] = ".nii.gz", # format of the results
     dtype: Literal["float32", "float16"] = "float32", # of the results; NIfTI holds float32 only
-    workers: int = 0, # processes; 0: this one
+    workers: int = 0, # processes; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler whose workers see the same folders
     on_exists: OnExists = "error", # what to do with results that are there
 ) -> dict: # weights' digest, one row a volume

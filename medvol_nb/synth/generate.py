@@ -30,7 +30,7 @@ from .pairfile import Compression, PairFile, Sample, array_digest
 from .pairs import SynthConfig, SyntheticPairs, make_pair, one_thread, render_two
 from .stores import (SHARD, PairReader, finish_store, index_of, is_whole, pair_by_name, prepare_store,
                                     read_head, read_pair, read_record, shard_range, write_record, write_shard)
-from .templates import TemplateBank, _is_readable, _labels_of, build_bank, templates
+from .templates import TemplateBank, _is_readable, _labels_of, _workers, build_bank, templates
 from .views import ViewConfig
 from ..volume import read_header, stem_of, write_volume
 
@@ -155,7 +155,8 @@ def bank_for(
     out = out.with_name(f"{out.name}.bank")
     if str(templatedir).split(":")[0] == "procedural" and not source.exists():
         try: n = int((str(templatedir) + ":48").split(":")[1])
-        except ValueError: raise ConfigError(f"templatedir: 'procedural:COUNT', got {templatedir!r}") from None
+        except ValueError: n = 0
+        if n < 1: raise ConfigError(f"templatedir: 'procedural:COUNT' with COUNT >= 1, got {templatedir!r}")
         templates(out, procedural=n, on_exists="skip")
         return out
     if not source.exists():
@@ -183,9 +184,6 @@ def contact_sheet(
     fig = montage(shown, 6, titles, lbls=lbls, alpha=1.0, limits=(0, 255))
     return save_figure(fig, path, "overwrite")
 
-def _workers(workers: int | None, max_workers: int | None) -> int:
-    return workers if workers is not None else -1 if max_workers is None else max_workers
-
 def _start(out: Path, on_exists: OnExists, shard: str | None) -> None:
     "Look at the place of the output before any work is done"
     if not check_output(out, on_exists) or not out.exists(): return
@@ -200,6 +198,9 @@ def _about() -> dict[str, str]: return {k: version(k) for k in ("medvol_nb", "nu
 
 def _settings(config: Any, preset: str, **given: Any) -> SynthConfig:
     "Settings of a file, changed by options that were given"
+    if config is not None and preset != "anatomix":
+        raise ConfigError(f"preset: the settings come from {config}. Write `preset: {preset}` into its groups "
+                          "`ensemble` and `view`, or leave out one of the two")
     base = plain(load_config(SynthConfig, config)) if config is not None else \
         {"ensemble": {"preset": preset}, "view": {"preset": preset}}
     base["ensemble"] |= {k: v for k, v in given.items() if v is not None}
@@ -233,7 +234,7 @@ def generate(
     val_count: int = 100, # so many of the last samples are for validation
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` and `view` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` and `view` settings and presets
     store: Literal["zarr", "hdf5"] = "zarr", # kind of store
     compression: Compression = "none", # of HDF5 chunks
     backend: Literal["auto", "numba", "torch"] = "auto", # of the labels; the result is the same
@@ -288,7 +289,7 @@ def ensembles(
     end_idx: int | None = None, # where to stop; default: all
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `ensemble` settings and preset
     backend: Literal["auto", "numba", "torch"] = "auto", # the result is the same
     device: str = "cpu", # for the backend torch
     shard: str | None = None, # part of the work, such as 2/8
@@ -344,7 +345,7 @@ def views(
     savedir: str | os.PathLike = "./synthesized_views/", # folder of view1 and view2
     seed: int = 0, # same seed, same bytes
     preset: Literal["anatomix", "medvol"] = "anatomix", # the reference exactly, or with its quirks repaired
-    config: str | os.PathLike | None = None, # YAML or JSON file with `view` settings
+    config: str | os.PathLike | None = None, # YAML or JSON file with `view` settings and preset
     device: str = "cpu", # where views are rendered; a GPU draws other noise
     shard: str | None = None, # part of the work, such as 2/8
     max_workers: int | None = 3, # processes
@@ -393,7 +394,7 @@ def pack(
     store: Literal["hdf5", "zarr"] = "hdf5", # kind of store
     compression: Compression = "none", # of HDF5 chunks
     pairs: str | os.PathLike | None = None, # instead of pictures: a store whose parts become one file
-    workers: int = 0, # processes, for Zarr
+    workers: int = 0, # processes, for Zarr; 0: this one, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler, for Zarr
     on_exists: OnExists = "skip", # 'skip': go on where an earlier run stopped
     preview: str | os.PathLike | None = None, # PNG with the first samples

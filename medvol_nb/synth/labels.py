@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 Range = tuple[float, float]
 
 class EnsembleConfig(Config):
-    "How label ensembles are drawn; sizes in voxels are for a side of 128 and grow with the grid"
+    "How label ensembles are drawn; lengths in [voxel at 128] grow with the grid, those in [voxel] do not"
     aliases: ClassVar[Mapping[str, str]] = {"side_length": "shape"}
     preset: Literal["anatomix", "medvol"] = "anatomix" # where fields that are not given come from
     shape: tuple[int, int, int] = (128, 128, 128) # size of the grid (x, y, z); one number for a cube [voxel]
@@ -51,7 +51,7 @@ class EnsembleConfig(Config):
     p_mask: float = Field(0.66667, ge=0, le=1) # share with a foreground mask
     p_envelope: float = Field(0.5, ge=0, le=1) # share of these with an envelope
     radius: Range = (48.0, 72.0) # of the ball [voxel at 128], upper end exclusive
-    offset: float = Field(32.0, ge=0) # of its centre per axis [voxel at 128], upper end exclusive
+    offset: float = Field(32.0, ge=0) # of its centre, largest per axis [voxel at 128], upper end exclusive
     noise_scales: tuple[float, ...] = Field((8.0, 16.0, 32.0), min_length=1) # of the displacement [voxel at 128]
     amplitude: Range = (1.0, 5.0) # of the displacement, per scale [voxel at 128]
     envelope: tuple[int, ...] = Field((2, 3, 4), min_length=1) # half widths to choose from [voxel], 1...6

@@ -134,9 +134,11 @@ class SyntheticPairs:
             seg = torch.from_numpy(np.stack([s.astype(wide) for s in segs])).to(device)
             img = render_views(seg.repeat_interleave(2, 0), views)
             return {"img": img.reshape(batch_size, 2, *seg.shape[1:]), "seg": seg}
-        if device.type == "cpu":
-            with one_thread(): yield from map(rendered, range(steps))
-        else: yield from _ahead(rendered, steps, device)
+        if device.type != "cpu": yield from _ahead(rendered, steps, device)
+        else:
+            for k in range(steps):
+                with one_thread(): batch = rendered(k)
+                yield batch # who uses it has all threads
 
 def _ahead(rendered: Callable[[int], dict], steps: int, device: Any) -> Iterator[dict]:
     "Render batch k + 1 in a thread and stream of its own while batch k is used"

@@ -248,7 +248,10 @@ class _Shards:
     "Samples of a store folder"
     def __init__(self, store: Path, split: str):
         try: self.head = read_head(store)
-        except FormatError as e: # what is needed can be found in the records, too
+        except FormatError as e: # what is needed can be found in the records, too, but for what is held out
+            if split != "all":
+                raise FormatError(f"{e}. It alone says which samples are for validation. Read them all (split='all'), "
+                                  "or make the store again") from None
             log.warning("%s. Its records are read instead; every sample found counts", e)
             self.head = self._guessed(store)
         self.store, self.size = store, self.head["shard_size"]

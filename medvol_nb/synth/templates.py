@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core import (ConfigError, DataError, FormatError, MedvolError, MissingFile, OnExists, atomic,
-                            check_output, file_digest, fingerprint, read_json, remove_tree, rng_for, write_json)
+from ..core import (ConfigError, DataError, FormatError, MedvolError, MissingFile, OnExists, OutputExists,
+                            atomic, check_output, file_digest, fingerprint, read_json, remove_tree, rng_for, write_json)
 from ..geometry import Volume, resample
 from ..parallel import BatchError, Failure, Ledger, on_cluster, pmap
 from ..phantoms import smooth_noise
@@ -430,6 +430,20 @@ def _delete_sources(bank: TemplateBank) -> list[str]:
         deleted.append(file)
     return deleted
 
+def _other_origin(out: Path) -> OutputExists:
+    return OutputExists(f"bank {out} was made from other sources or with other settings. Remove it, or choose another "
+                        "place")
+
+def _same_origin(out: Path, roots: Sequence[Path], options: Mapping[str, Any]) -> None:
+    "Refuse a bank that is there already, unless it was made from these places with these options"
+    bank, head = open_bank(out), read_json(out/"bank.json")
+    files = [Path(f) for f in (*bank._extra["sources"], *(b["file"] for b in head.get("bad", ())))]
+    real = {p: Path(os.path.realpath(p)) for p in {*roots, *(f.parent for f in files)}} # a place may have two names
+    inside = [[f.is_relative_to(r.absolute()) or (real[f.parent]/f.name).is_relative_to(real[r]) for r in roots]
+              for f in files]
+    same = inside and all(map(any, inside)) and all(map(any, zip(*inside))) # no file elsewhere, no place without one
+    if not same or head.get("options") != options: raise _other_origin(out)
+
 def _report(out: Path, deleted: Sequence[str] = ()) -> dict[str, Any]:
     head = read_json(out/"bank.json")
     why = Counter(s["why"] for s in head["skipped"])
@@ -449,7 +463,7 @@ def build_bank(
     delete_sources: bool = False, # True: remove the files that are in the bank, after it was verified
     workers: int = 0, # processes; 0: in this process, -1: one per processor
     dask: str | None = None, # address of a Dask scheduler, whose workers see the same folders
-    on_exists: OnExists = "error", # what to do when the bank is there already
+    on_exists: OnExists = "error", # when the bank is there already; 'skip': use it, if it is of these roots and options
 ) -> dict[str, Any]: # bank, digest, templates, sources, bytes, skipped (reason -> count), bad, deleted
     "Cut the shapes out of segmentations, once; sources are only read"
     roots = [Path(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
@@ -459,9 +473,10 @@ def build_bank(
     for r in roots:
         if r.is_dir() and out.resolve().is_relative_to(r.resolve()):
             raise DataError(f"templates: the bank {out} would lie inside its source {r}, which is never changed")
-    go_on = check_output(out, on_exists, inputs=roots)
-    if go_on: _build(roots, out, {"merge": [list(m) for m in merge], "min_voxels": min_voxels, "spacing": spacing,
-                                  "components": components}, workers, dask)
+    options = {"merge": [list(m) for m in merge], "min_voxels": min_voxels, "spacing": spacing,
+               "components": components}
+    if check_output(out, on_exists, inputs=roots): _build(roots, out, options, workers, dask)
+    else: _same_origin(out, roots, options)
     report = _report(out)
     if len(report["bad"]) > max_bad:
         failures = [Failure(k, b["file"], "error", b["error"]) for k, b in enumerate(report["bad"])]
@@ -494,12 +509,17 @@ def _build(roots: list[Path], out: Path, options: dict[str, Any], workers: int, 
     _write_bank(out, bits, rows, {"sources": len(tasks), "options": options, "bad": bad, "skipped": skipped}, files)
     for old in out.parent.absolute().glob(f".{out.name}.*.parts"): remove_tree(old)
 
-# %% ../../nbs/40_synth_templates.ipynb #templates
+# %% ../../nbs/40_synth_templates.ipynb #_workers
+def _workers(workers: int | None, max_workers: int | None) -> int:
+    "The reference's word for processes and this library's as one number"
+    return workers if workers is not None else -1 if max_workers is None else max_workers
+
 def templates(
     out: str | os.PathLike = "./template_bank", # folder of the bank
     *,
     totalsegmentator_path: Sequence[str] = ("./Totalsegmentator_dataset/",), # trees, folders of label maps, label maps
     max_workers: int | None = None, # processes; default: one per processor
+    workers: int | None = None, # the same: 0 is this process, -1 one per processor
     merge: Sequence[str] = ("ribs=*rib_*", "vertebrae=*vertebrae_*"), # name=pattern of masks that become one shape
     min_voxels: int = 2, # smaller shapes are skipped
     spacing: float | None = None, # resample to this voxel size [mm]; default: as they are
@@ -509,13 +529,14 @@ def templates(
     procedural: int = 0, # instead of files: this many shapes made by formula
     seed: int = 0, # of the shapes made by formula
     dask: str | None = None, # address of a Dask scheduler
-    on_exists: OnExists = "error", # what to do when the bank is there already
+    on_exists: OnExists = "error", # when the bank is there already; 'skip': use it, if it is of the same sources
 ) -> dict[str, Any]: # bank, digest, number of templates, what was skipped or damaged
     "Cut organ shapes out of segmentations, once, into a bank for label ensembles"
     if procedural:
         bank = procedural_bank(procedural, seed)
         if check_output(out, on_exists): _write_bank(Path(out), [bank.bits], bank.table, {})
-        bank = open_bank(out)
+        made, bank = bank, open_bank(out)
+        if bank.digest != made.digest: raise _other_origin(Path(out))
         return {"bank": str(out), "digest": bank.digest, "templates": len(bank), "bytes": bank.bits.nbytes}
     rules = [tuple(m.split("=", 1)) for m in merge if m]
     if wrong := [m for m in rules if len(m) != 2 or not all(m)]:
@@ -523,4 +544,4 @@ def templates(
     roots = [totalsegmentator_path] if isinstance(totalsegmentator_path, (str, os.PathLike)) else totalsegmentator_path
     return build_bank(roots, out, merge=rules, min_voxels=min_voxels, spacing=spacing, components=components,
                       max_bad=max_bad, delete_sources=delete_sources, dask=dask, on_exists=on_exists,
-                      workers=-1 if max_workers is None else max_workers)
+                      workers=_workers(workers, max_workers))
