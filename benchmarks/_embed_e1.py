@@ -69,7 +69,7 @@ def settings(seed: int, steps: int, kind: str = "thorax") -> EmbeddingConfig:
     "Small network; both crops are of one patient, so there are no strangers in a batch"
     if kind not in KINDS: raise ConfigError(f"{kind}: runs are called {', '.join(f'{k}-SEED' for k in KINDS)}")
     cfg = tiny(preset("sam_NIHLN"), steps)
-    how = AUGMENTS["cross"] if kind == "wild" else Augment(log_gamma=(-0.3, 0.3))
+    how = AUGMENTS["aggressive"] if kind == "wild" else Augment(log_gamma=(-0.3, 0.3))
     return cfg.model_copy(update={
         "loss": cfg.loss.model_copy(update={"coarse_global": 0}),
         "views": cfg.views.model_copy(update={"augment": how}),

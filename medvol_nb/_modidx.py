@@ -487,8 +487,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvol_nb/embed/intensity.py'),
                                            'medvol_nb.embed.intensity.add_noise': ( 'embed_intensity.html#add_noise',
                                                                                     'medvol_nb/embed/intensity.py'),
-                                           'medvol_nb.embed.intensity.any_contrast': ( 'embed_intensity.html#any_contrast',
-                                                                                       'medvol_nb/embed/intensity.py'),
                                            'medvol_nb.embed.intensity.augment': ( 'embed_intensity.html#augment',
                                                                                   'medvol_nb/embed/intensity.py'),
                                            'medvol_nb.embed.intensity.bias_field': ( 'embed_intensity.html#bias_field',

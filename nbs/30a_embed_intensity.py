@@ -172,61 +172,9 @@ changed = [not np.array_equal(histogram_shift(small, rng_for(k), small_body), sm
 assert 80 <= sum(changed) < 100
 
 # %% [markdown]
-# ## Any contrast
-# A monotone curve with a dozen points over the whole range is a straight line where a CT has its soft tissue: between
-# fat and muscle lie 3 % of the scale. And in MR fat may be brighter than water and water brighter than bone, an order
-# that neither such a curve nor an inversion makes. `any_contrast` puts its points where the grey values of the image
-# are, at random quantiles, and gives each a random new value. So a network that has to find a point again under two
-# such curves can trust borders and shapes only. Points at least `gap` apart keep the slopes, and with them the noise,
-# within what a change of modality does.
-
-# %%
-#| export
-def any_contrast(
-    img: np.ndarray, # n-d, any axes, in [0, 1]
-    rng: np.random.Generator, # of this sample
-    mask: np.ndarray | None = None, # n-d, same axes, bool: voxels that change; None: all
-    *,
-    p: float = 0.5, # chance that anything happens
-    points: tuple[int, int] = (3, 8), # fewest and most control points
-    gap: float = 0.015, # smallest distance of neighbouring points; of 1 [-], about 60 HU of a CT
-) -> np.ndarray: # n-d, same axes, float32 in [0, 1]
-    "Give grey values that the image has new ones, in any order"
-    out = np.array(img, np.float32)
-    if rng.random() >= p: return out
-    inside = ... if mask is None else mask
-    values, n = out[inside], int(rng.integers(points[0], points[1] + 1))
-    if not values.size: return out
-    x = []
-    for v in np.quantile(values[::-(-values.size//20_000)], np.sort(rng.random(n))):
-        if not x or v - x[-1] >= gap: x.append(float(v))
-    out[inside] = np.interp(values, x, rng.random(len(x)))
-    return out
-
-# %%
-fig, axs = plt.subplots(2, 5, figsize=(7, 3.4), layout="constrained")
-for k, (top, low) in enumerate(axs.T):
-    recoloured = any_contrast(unit, rng_for(k, "any"), body, p=1)
-    low.imshow(recoloured[len(img)//2], cmap="Greys_r")
-    low.set(xticks=[], yticks=[])
-    top.plot(unit[body][::50], recoloured[body][::50], ".", ms=1)
-    top.set(xlim=(0.1, 0.5), ylim=(0, 1), xticks=[0.1, 0.5], yticks=[0, 1])
-
-# %%
-for k in range(20):
-    recoloured = any_contrast(small, rng_for(k), small_body, p=1)
-    assert np.array_equal(recoloured[~small_body], small[~small_body])
-    assert recoloured.min() >= 0 and recoloured.max() <= 1 and recoloured.dtype == np.float32
-    assert np.unique(recoloured[small_body & (small == small[small_body][0])]).size == 1 # equal ones stay equal
-order = [np.corrcoef(unit[body], any_contrast(unit, rng_for(k), body, p=1)[body])[0, 1] for k in range(20)]
-assert min(order) < -0.3 and max(order) > 0.3
-assert np.array_equal(any_contrast(small, rng_for(0), p=0), small)
-assert np.array_equal(any_contrast(small, rng_for(0), small < 0, p=1), small)
-
-# %% [markdown]
 # ## A curve for each region
 # Between CT and MR no single curve does: liver and spleen may swap while bone and air do not. With a map of regions
-# (`make_slic_mask` of [the page before](30_embed_data.ipynb)) each gets a curve of its own. A CT keeps its air and its
+# (`make_slic_mask` of [the preparation](30d_embed_prepare.ipynb)) each gets a curve of its own. A CT keeps its air and its
 # metal: its curve only moves between a lower bound of 0.1 to 0.5 and an upper one of 0.6 to 0.8, with five fixed points
 # on either side. The reference moves the first points of this list instead of the middle ones, so that its "fixed"
 # lower side is what moves; here the middle moves.
@@ -356,8 +304,8 @@ with raises(DataError, match="leave none"): elastic(unit, rng_for(0), points=4, 
 
 # %% [markdown]
 # ## What a configuration asks for
-# The plain methods use noise and, in one configuration, blur. Cross-SAM uses curves, then blur; `cross` are ours for
-# pairs across contrasts. `Augment` says which, and `augment` applies them in that order.
+# The plain methods use noise and, in one configuration, blur. Cross-SAM uses curves, then blur. `Augment` says which,
+# and `augment` applies them in that order.
 
 # %%
 #| export
@@ -365,8 +313,7 @@ class Augment(Config):
     "Which random changes of contrast a sample gets"
     noise: tuple[float, float] = (0.0, 5.0) # standard deviation, in steps of the scale of 255
     blur_mm: tuple[float, float] = (0.0, 0.0) # standard deviation [mm]
-    histogram_shift: float = Field(0.0, ge=0, le=1) # chance of a random monotone curve
-    any_contrast: float = Field(0.0, ge=0, le=1) # chance of a random curve in any order
+    histogram_shift: float = Field(0.0, ge=0, le=1) # chance of a random curve
     regions: float = Field(0.0, ge=0, le=1) # chance of a curve for each region, where a region map is given
     log_gamma: tuple[float, float] = (0.0, 0.0) # logarithm of the exponent
     bias_field: float = Field(0.0, ge=0) # largest coefficient of the field
@@ -375,7 +322,6 @@ AUGMENTS = {
     "plain": Augment(), # SAM, SAM++ crops
     "blur": Augment(blur_mm=(0, 4)), # sam_deeplesion, and the whole volumes of SAM++
     "aggressive": Augment(noise=(0, 0), histogram_shift=0.9, blur_mm=(0, 4)), # Cross-SAM
-    "cross": Augment(any_contrast=0.5, log_gamma=(-0.3, 0.3)),
     "none": Augment(noise=(0, 0)),
 }
 
@@ -391,12 +337,11 @@ def augment(
 ) -> np.ndarray: # (z, y, x) float32 in about [-50, 205]
     "Change the contrast of a sample: curves, gamma, coil, blur, noise"
     img = np.asarray(img, np.float32)
-    curves = how.histogram_shift or how.any_contrast or (how.regions and regions is not None)
+    curves = how.histogram_shift or (how.regions and regions is not None)
     if curves or any(how.log_gamma) or how.bias_field:
         unit = to_unit(img)
         inside = img > -25 if mask is None else mask
         if how.histogram_shift: unit = histogram_shift(unit, rng, inside, p=how.histogram_shift)
-        if how.any_contrast: unit = any_contrast(unit, rng, inside, p=how.any_contrast)
         if how.regions and regions is not None:
             unit = histogram_shift_regions(unit, regions, rng, contrast, p=how.regions)
         if any(how.log_gamma): unit = gamma(unit, rng, how.log_gamma)
@@ -407,7 +352,7 @@ def augment(
     return img
 
 # %%
-fig, axs = plt.subplots(1, len(AUGMENTS), figsize=(8, 2), layout="constrained")
+fig, axs = plt.subplots(1, 4, figsize=(7, 2), layout="constrained")
 for ax, name in zip(axs, AUGMENTS):
     shown = augment(img, rng_for(5, "sample"), AUGMENTS[name], spacing=grid.spacing)
     ax.imshow(shown[len(img)//2], cmap="Greys_r")
