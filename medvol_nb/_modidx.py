@@ -2731,6 +2731,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvol_nb/synth/fewshot.py'),
                                          'medvol_nb.synth.fewshot.vary': ('synth_fewshot.html#vary', 'medvol_nb/synth/fewshot.py')},
             'medvol_nb.synth.generate': { 'medvol_nb.synth.generate._about': ('synth_generate.html#_about', 'medvol_nb/synth/generate.py'),
+                                          'medvol_nb.synth.generate._check_older': ( 'synth_generate.html#_check_older',
+                                                                                     'medvol_nb/synth/generate.py'),
                                           'medvol_nb.synth.generate._device': ( 'synth_generate.html#_device',
                                                                                 'medvol_nb/synth/generate.py'),
                                           'medvol_nb.synth.generate._ensemble_of': ( 'synth_generate.html#_ensemble_of',

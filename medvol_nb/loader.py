@@ -355,7 +355,7 @@ def training_dataset(
     patch_size: Sequence[int] | None = None, # (x, y, z) [voxel]; default: that of `settings`
     *,
     fold_idx: int = -1, # the fold that is held out; -1: none
-    held_out: bool = False, # True: the cases of the held-out fold instead of the others
+    held_out: bool = False, # True: the cases of the held-out fold instead of the others, not augmented
     roots: Mapping[str, Any] | None = None, # other roots for pseudo labels or supervoxels, see `located_items`
     settings: LoaderSettings | None = None, # everything else
     trust: bool = False, # True: execute expressions in the lists' transforms
@@ -375,6 +375,7 @@ def training_dataset(
     settings = settings or LoaderSettings()
     if patch_size is not None: settings = LoaderSettings(**settings.model_dump() | {"patch_size": tuple(patch_size)})
     parts = _divided({n: (dl, os.fspath(base_dirs[n])) for n, dl in by_name.items()}, fold_idx, "training", roots=roots)
+    if held_out: settings = settings.model_copy(update={"augment": False}) # they are there to measure on
     if not parts[held_out]:
         raise DataError(f"no case of {list(by_name)} is {'held out' if held_out else 'left to train'}, fold {fold_idx}")
     return TrainingDataset(parts[held_out], by_name, space, settings, trust)

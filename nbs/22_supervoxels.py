@@ -330,6 +330,9 @@ def supervoxels(
     "Connected pieces of a scan that follow its borders"
     base = {"n_segments": n_segments} if settings is None else settings.model_dump()
     cfg = check_config(SupervoxelSettings, {**base, **changes}, "supervoxels")
+    if settings and "features" in settings.model_fields_set and isinstance(features, str) and features != cfg.features:
+        raise ConfigError(f"features: the settings say {cfg.features!r}, the call {features!r}. Name them in the call, "
+                          "features='intensity' or an encoder, and leave them out of the settings")
     name, ready = _encoder_name(features), _prepare(vol, cfg, mask)
     small = _cluster(ready, _features(ready, features, cfg, cache), cfg, device)
     return _result(ready, small, name, cfg, vol.orientation)

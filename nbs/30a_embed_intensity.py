@@ -174,10 +174,10 @@ assert 80 <= sum(changed) < 100
 # %% [markdown]
 # ## A curve for each region
 # Between CT and MR no single curve does: liver and spleen may swap while bone and air do not. With a map of regions
-# (`make_slic_mask` of [the preparation](30d_embed_prepare.ipynb)) each gets a curve of its own. A CT keeps its air and its
-# metal: its curve only moves between a lower bound of 0.1 to 0.5 and an upper one of 0.6 to 0.8, with five fixed points
-# on either side. The reference moves the first points of this list instead of the middle ones, so that its "fixed"
-# lower side is what moves; here the middle moves.
+# (`make_slic_mask` of [the preparation](30d_embed_prepare.ipynb)) each gets a curve of its own. A CT keeps its air and
+# its metal: its curve only moves between a lower bound of 0.1 to 0.5 and an upper one of 0.6 to 0.8, with five fixed
+# points on either side. The reference moves the first points of this list instead of the middle ones, so that its
+# "fixed" lower side is what moves; here the middle moves.
 
 # %%
 #| export

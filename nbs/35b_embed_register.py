@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvol_nb.core import DataError, MissingFile, OnExists, log, write_csv, write_json
+from medvol_nb.core import ConfigError, DataError, MissingFile, OnExists, log, write_csv, write_json
 from medvol_nb.embed.codes import Backend, code_levels, cost_volume, coupled_convex, ssc_codes
 from medvol_nb.embed.deform import _mask_on, _on_grid, _single, register_deformable, working_grid
 from medvol_nb.embed.match import Matcher
@@ -343,6 +343,8 @@ def register_pair(
     fix, mov = (_single(v, what) for v, what in zip(vols, ("fixed image", "moving image")))
     fixed_mask, moving_mask = (m if m is None or v.axes == "xyz" else np.transpose(m, [v.axes.index(a) for a in "xyz"])
                                for m, v in zip((fixed_mask, options.pop("moving_mask", None)), vols))
+    if options and not deformable:
+        raise ConfigError(f"{', '.join(options)}: belongs to the deformable step, which is switched off")
     if init is None:
         found = align(fix, mov, matcher, model=model, fixed_mask=fixed_mask, max_angle=max_angle, backend=backend)
     else: found = Alignment(init, Estimate("ok", np.eye(4), "given", np.zeros(0, bool), np.zeros(0), 1.0, 0.0, 1.0),

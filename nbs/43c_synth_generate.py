@@ -490,6 +490,7 @@ def pack(
     size = n*math.prod(grid)*(2 + np.dtype(dtype).itemsize)
     if dry_run: return {"train": n - val_count, "val": val_count, "bytes": size, "size": human_bytes(size)}
     params = {"what": "packed", "names": fingerprint(names), "samples": n, "val_count": val_count}
+    if pairs is None and on_exists == "skip": _check_older(origin, out)
     if store == "zarr":
         if pairs is not None: raise ConfigError("pairs: become HDF5 files; a Zarr store is one already")
         _start(out, on_exists, None)
@@ -501,6 +502,15 @@ def pack(
     else: written = _pack_hdf5(out, names, load, grid, dtype, val_count, compression, params, print_every, on_exists)
     if preview is not None: contact_sheet(PairReader(out), preview)
     return {"store": str(out), "train": n - val_count, "val": val_count, "written": written}
+
+def _check_older(files: Mapping[str, Sequence[str]], out: Path) -> None:
+    "Refuse to go on with a store when pictures were made again since: it would keep the old ones"
+    made = [p for p in (*out.glob("*_data.hdf5"), *out.glob("records/*.json")) if p.is_file()]
+    if not made: return
+    since = min(p.stat().st_mtime_ns for p in made)
+    if new := [f for parts in files.values() for f in parts[1:] if os.stat(f).st_mtime_ns > since]:
+        raise DataError(f"pack: {len(new)} pictures are newer than what {out} holds of them, such as {new[0]}. Pack "
+                        "everything again (--on-exists overwrite), or into another folder")
 
 def _pack_hdf5(out: Path, names: list[str], load: Callable[[int], Sample], grid: tuple, dtype: Any, val_count: int,
                compression: str, params: dict, print_every: int, on_exists: OnExists) -> int:

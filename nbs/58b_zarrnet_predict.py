@@ -41,9 +41,10 @@ from medvol_nb.zarrnet.train import train
 
 # %% [markdown]
 # ## Statistics of a new volume
-# A scheme that is fitted per volume needs the statistics of the volume that is predicted. They are found like those of
-# the training, from a seeded sample of its blocks, so every part finds the same. `ct_normalization` uses what training
-# found. Weights of the reference say nothing; then the scheme of the settings is taken.
+# A scheme that is fitted per volume needs the statistics of the volume that is predicted. They come from a seeded
+# sample of blocks of the whole volume, so every part finds the same; a training samples its own `bbox` with its own
+# seed, and may differ by what sampling does. `ct_normalization` uses what training found. Weights of the reference say
+# nothing; then the scheme of the settings is taken.
 
 # %%
 #| export

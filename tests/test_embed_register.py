@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medvol_nb import phantoms
-from medvol_nb.core import DataError, MissingFile, rng_for
+from medvol_nb.core import ConfigError, DataError, MissingFile, rng_for
 from medvol_nb.embed import register as module
 from medvol_nb.embed.codes import ssc_codes
 from medvol_nb.embed.register import (
@@ -96,6 +96,8 @@ def test_result_is_on_the_fixed_grid_whatever_the_orientation(scans):
     rigid = register_pair(head, moving, model="rigid", deformable=False, max_angle=15)
     assert len(rigid.transform.steps) == 1 and off(rigid.transform, m, pts) < 2.5
     given = register_pair(head, moving, init=Transform((m,)), spacing=4.0)
+    with pytest.raises(ConfigError, match="levels: belongs to the deformable step"):
+        register_pair(head, moving, deformable=False, levels=2)
     assert given.report["source"] == "given" and off(given.transform, m, pts) < 1.5
 
 

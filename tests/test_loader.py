@@ -392,6 +392,9 @@ def test_held_out_fold(two, tmp_path):
     held = training_dataset(files, roots, SPACE, fold_idx=1, held_out=True, settings=FAST)
     assert [i["fold"] for i in train.items if "fold" in i] == [0, 0] and len(train) == 4
     assert [i["fold"] for i in held.items] == [1, 1] and not set(train.keys) & set(held.keys)
+    how = {"fold_idx": 1, "held_out": True, "settings": replace_settings(augment=True)}
+    augmented = training_dataset(files, roots, SPACE, **how)
+    assert not augmented.settings.augment
     with pytest.raises(DataError, match="no case is in fold 4"): training_dataset(files, roots, SPACE, fold_idx=4)
     with pytest.raises(DataError, match="is held out"): training_dataset(files, roots, SPACE, held_out=True)
     with pytest.raises(DataError, match="no case of .'NLST'. is in fold 0"):

@@ -91,6 +91,12 @@ def test_B3_no_mask_covers_everything(scan):
     )
 
 
+def test_settings_that_ask_for_an_encoder_are_not_answered_with_intensities(scan):
+    with pytest.raises(ConfigError, match="the settings say 'sam', the call 'intensity'"):
+        supervoxels(scan, settings=SupervoxelSettings(features="sam", n_segments=20))
+    assert supervoxels(scan, settings=SupervoxelSettings(n_segments=20)).info["encoder"] == "intensity"
+
+
 def test_mean_volume_instead_of_a_number(scan):
     found = supervoxels(scan, target_volume_ml=500)
     assert found.info["n"] == round(found.info["volume_ml"] / 500) > 1

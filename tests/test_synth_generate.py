@@ -1,5 +1,6 @@
 """Making data sets: the same bytes whoever makes them, resumed, extended, on the fly, and through three steps."""
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -142,6 +143,21 @@ def test_three_steps_equal_one(bank, tmp_path):
         assert np.array_equal(a[k]["img"], b[k]["img"]) and np.array_equal(a[k]["seg"], b[k]["seg"])
         assert a.facts(k)["plan"] and len(b.facts(k)["inputs"]) == 3
     with h5py.File(tmp_path/"h5"/"val_data.hdf5") as f: assert list(f) == [f"{k:06d}" for k in range(16, 20)]
+
+
+@pytest.mark.parametrize("store", ["hdf5", "zarr"])
+def test_pictures_made_again_are_not_left_out_of_a_packed_store(bank, tmp_path, store):
+    folders = steps(bank, tmp_path)
+    packing = {**folders, "out_dir": tmp_path/"h5", "val_count": 4, "store": store}
+    assert pack(**packing)["written"] > 0 and pack(**packing)["written"] == 0
+    first = PairReader(tmp_path/"h5")[0]["img"].copy()
+    views(ensembledir=folders["seg_dir"], savedir=tmp_path/"other", seed=5, workers=0)
+    for v in (1, 2):
+        for new in (tmp_path/"other"/f"view{v}").iterdir(): shutil.copy(new, folders[f"view{v}_dir"])
+    with pytest.raises(DataError, match="40 pictures are newer than what .*h5 holds of them.*--on-exists overwrite"):
+        pack(**packing)
+    pack(**packing, on_exists="overwrite")
+    assert not np.array_equal(PairReader(tmp_path/"h5")[0]["img"], first)
 
 
 def test_D7_names_count_what_can_be_seen(bank, tmp_path):

@@ -587,3 +587,13 @@ def test_everything_left_out():
     cfg = load({"targets": {"sheet": {"channels": 1}}})
     assert cfg.volumes == [] and cfg.plan.features == (32, 64, 128, 256) and cfg.inference_params.overlap == 0.25
     assert set(LOSS_KINDS) >= {t.loss for t in cfg.targets.values()}
+
+
+def test_smoothing_of_a_loss_that_has_none_is_refused():
+    from medvol_nb.zarrnet.config import _UNSMOOTHED, LOSS_KINDS
+    from medvol_nb.zarrnet.loss import LOSSES
+    classes = {k for k, kinds in LOSS_KINDS.items() if {"binary", "multiclass"} & set(kinds)}
+    assert {k for k in classes if "smoothing" not in LOSSES[k].settings} == _UNSMOOTHED
+    with pytest.raises(ConfigError, match="sheet.label_smoothing: the loss 'focal' has none"):
+        load({"targets": {"sheet": {"channels": 1, "loss": "focal", "label_smoothing": 0.2}}})
+    assert load({"targets": {"sheet": {"channels": 1, "loss": "focal"}}}).targets["sheet"].loss == "focal"

@@ -301,6 +301,7 @@ class DatasetParams(Config):
 
 # %% ../../nbs/51a_zarrnet_config.ipynb #_NAME
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_UNSMOOTHED = {"focal", "bce_z", "dice", "generalised_dice", "skeleton_recall", "cldice"} # losses of hard classes
 _RESERVED = {*VolumeEntry.model_fields, "image", "meta", "paths"}
 
 def _target_problems(name: str, t: Target, ok: Any) -> Iterator[tuple[tuple, str]]:
@@ -317,6 +318,8 @@ def _target_problems(name: str, t: Target, ok: Any) -> Iterator[tuple[tuple, str
     if t.activation != "none" and kind == "normals": yield ("activation",), "normals have none"
     if ok("label_smoothing") and t.label_smoothing and kind in ("normals", "regression"):
         yield ("label_smoothing",), f"applies to classes, not to {kind}"
+    elif ok("label_smoothing") and t.label_smoothing and t.loss in _UNSMOOTHED:
+        yield ("label_smoothing",), f"the loss '{t.loss}' has none. Leave it out, or take bce_dice or ce_dice"
     if ok("loss") and t.loss is not None:
         if t.loss not in LOSS_KINDS:
             near = difflib.get_close_matches(t.loss, LOSS_KINDS, n=1)
