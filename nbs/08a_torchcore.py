@@ -657,6 +657,9 @@ def fit(
 
     Callbacks are told 'start' when the folder has been accepted and before the first step; see `at_start`.
     """
+    if cfg.patience is not None and validate is None:
+        raise ConfigError("patience: counts validations, and this training has none. Leave patience out, or keep cases "
+                          "for validation")
     out_dir, begin = Path(out_dir), time.monotonic()
     main = int(os.environ.get("RANK", 0)) == 0
     if main: out_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -372,15 +372,18 @@ def build_index(
     if index is None:
         index = _build(root, tuple(chosen), folders, problems)
         if file and newest < start - 0.05: _save(file, index, stamp)
-    if strict and (bad := [p for p in index.problems if p.kind in ("bad_annotation", "bad_time", "unexpected")]):
-        text = "; ".join(f"{p.video}: {p.text}" for p in bad[:5])
+    wrong = ("bad_annotation", "bad_time", "bad_grades", "unexpected")
+    if strict and (bad := [p for p in index.problems if p.kind in wrong]):
+        text = "; ".join(f"{p.video}: {p.text}" if p.video else p.text for p in bad[:5])
         raise AnnotationError(f"{len(bad)} problems in {root}: {text}")
     return index
 
 def _build(root: Path, planes: tuple[FocalPlane, ...], folders: Mapping[str, Mapping[FocalPlane, Path]],
            problems: list[Problem]) -> EmbryoIndex:
     grades: dict[str, tuple[str, str]] = {}
-    if (root/GRADES).is_file(): grades = read_grades(root/GRADES)
+    if (root/GRADES).is_file():
+        try: grades = read_grades(root/GRADES)
+        except AnnotationError as e: problems.append(Problem("", "bad_grades", str(e)))
     else: problems.append(Problem("", "no_grades", f"there is no {GRADES}"))
     has_times = (root/TIMES).is_dir()
     if not has_times: problems.append(Problem("", "no_time", f"there is no folder {TIMES}"))

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +118,18 @@ def test_D5_D6_any_subset_works(tree, tmp_path):
     index = build_index(tmp_path / "part", cache=False)
     assert len(index) == 1 and index.phase.tolist() == [-1] and np.isnan(index.time_h[0])
     assert {p.kind for p in index.problems if not p.video} == {"no_grades", "no_time"}
+
+
+def test_bad_grades_are_a_problem_and_with_strict_an_error(tree, tmp_path):
+    root = tmp_path / "part"
+    shutil.copytree(tree, root)
+    (root / "embryo_dataset_grades.csv").write_text("video_name,TE,ICM\nAA83-7,A,Z\n")
+    index = build_index(root, cache=False)
+    bad = [p for p in index.problems if p.kind == "bad_grades"]
+    assert len(bad) == 1 and "row 2: grades must be" in bad[0].text
+    assert {v.grades for v in index.videos} == {("NA", "NA")}
+    with pytest.raises(AnnotationError, match="row 2: grades must be"):
+        build_index(root, cache=False, strict=True)
 
 
 def test_D9_each_plane_has_its_own_frames(index):

@@ -464,6 +464,12 @@ def test_patience_ends_the_run_for_good(tmp_path):
     assert (again.steps, again.finished) == (24, True) and left(tmp_path/"run") == before
 
 
+def test_patience_needs_validations(tmp_path):
+    with pytest.raises(ConfigError, match="patience: counts validations"):
+        train(tmp_path/"run", epochs=1, patience=2, validate=None)
+    assert not (tmp_path/"run").exists()
+
+
 def test_patience_is_remembered_over_an_interruption(tmp_path):
     train(tmp_path/"run", [18], epochs=9, patience=3, validate=told([1, 2, 3]))
     _, result = train(tmp_path/"run", epochs=9, patience=3, validate=told([4, 0]))

@@ -153,7 +153,9 @@ def metrics(
         rows.append({"run": folder.name, "label": PHASES[phase]} | {k: round(row[k], 4) if np.isfinite(row[k]) else None
                                                                    for k in shown})
     if export is not None:
-        for copies in found.values(): refuse_copies(copies, max_copy_share) # all of them, before anything is written
+        for folder, copies in found.items(): # all of them, before anything is written
+            refuse_copies(copies, max_copy_share)
+            check_output(Path(export)/folder.name, "error", inputs=[folder])
         for folder, copies in found.items(): export_run(folder, Path(export)/folder.name, copies, limit=max_copy_share)
     return {"table": str(table), "runs": rows, "exported": [f.name for f in found] if export is not None else []}
 
