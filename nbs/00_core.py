@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -607,12 +608,15 @@ assert lines == ["case 1", "case 2, torn by a cra", "case 3"]
 #| export
 def _read_text(path: str | os.PathLike, max_bytes: int) -> str:
     "UTF-8 text of a file of bounded size, with errors that name the place"
-    path = Path(path)
-    if not path.exists(): raise MissingFile(f"{path} does not exist")
-    if not path.is_file(): raise FormatError(f"{path} is not a file")
-    if (size := path.stat().st_size) > max_bytes:
-        raise FormatError(f"{path}: {human_bytes(size)}, at most {human_bytes(max_bytes)} are allowed here (max_bytes)")
-    raw = path.read_bytes()
+    try: about = os.stat(path)
+    except (OSError, ValueError) as e: # ValueError: a name with a NUL byte
+        if getattr(e, "errno", None) not in (None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP): raise
+        raise MissingFile(f"{path} does not exist") from None
+    if not stat.S_ISREG(about.st_mode): raise FormatError(f"{path} is not a file")
+    if about.st_size > max_bytes:
+        raise FormatError(f"{path}: {human_bytes(about.st_size)}, at most {human_bytes(max_bytes)} are allowed here "
+                          "(max_bytes)")
+    with open(path, "rb") as f: raw = f.read()
     try: return raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1

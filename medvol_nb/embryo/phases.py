@@ -10,6 +10,7 @@ __all__ = ['PHASES', 'ANNOTATIONS', 'TIMES', 'GRADES', 'DATA_LICENCE', 'BASE_PRO
 
 # %% ../../nbs/60_embryo_phases.ipynb #imports
 import enum
+import itertools
 import operator
 import os
 import re
@@ -219,7 +220,8 @@ def interval_problems(
 ) -> list[str]: # one line each
     "Overlaps, gaps, repetitions and phases out of order"
     rows, found = sorted(intervals, key=_first), []
-    for a, b in zip(rows, rows[1:]):
+    if all(p._idx < q._idx and first == last + 1 for (p, _, last), (q, first, _) in itertools.pairwise(rows)): return []
+    for a, b in itertools.pairwise(rows):
         if b.first <= a.last:
             both = f"{b.first}" if min(a.last, b.last) == b.first else f"{b.first}-{min(a.last, b.last)}"
             found.append(f"{a.phase.value} and {b.phase.value} overlap in frames {both}; {b.phase.value} wins")
