@@ -252,8 +252,8 @@ def test_A15_small_network_recognises_phantoms_it_has_not_seen(tmp_path):
 
 SCRIPT = """
 import sys
-from tests.test_embryo_classify import SMALL, pictures, train_classifier
-sets = [pictures((0, 5, 13), range(a, b)) for a, b in ((0, 8), (100, 102))]
+from tests.test_embryo_classify import SMALL, phantom_images, train_classifier
+sets = [phantom_images((0, 5, 13), range(a, b)) for a, b in ((0, 8), (100, 102))]
 cfg = SMALL.model_copy(update={"freeze": True, "balance": "none", "steps": 6, "batch_size": int(sys.argv[2])})
 train_classifier(*sets, cfg, out_dir=sys.argv[1])
 """
