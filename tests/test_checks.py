@@ -20,6 +20,7 @@ from medvol_nb.checks import (
 )
 from medvol_nb.core import rng_for
 from medvol_nb.volume import Volume, affine_from, read_header, reorient, write_volume
+from tests.memory import PEAK
 
 
 def volume(k=0, shape=(24, 20, 22)):
@@ -305,10 +306,9 @@ def test_A7_memory_does_not_grow_with_the_number_of_cases(pair):
     "1,000 against 100,000 headers, each in a fresh process; what remains is the list of names and 16 bytes a pair"
     import subprocess
     import sys
-    script = """
+    script = PEAK + """
 import sys
 from medvol_nb.checks import check_pairs
-def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) # KiB; ru_maxrss is inherited
 pairs = [(sys.argv[2], sys.argv[3])]*int(sys.argv[1])
 check_pairs(pairs[:10])
 before = peak()

@@ -42,6 +42,7 @@ from medvol_nb.synth.stores import PairReader, open_pairs, prepare_store, read_h
 from medvol_nb.synth.templates import TemplateBank, build_bank, procedural_bank
 from medvol_nb.synth.views import ViewConfig
 from medvol_nb.volume import read_volume, write_volume
+from tests.memory import PEAK
 
 ROOT = Path(__file__).parents[1]
 
@@ -341,18 +342,17 @@ def test_contact_sheet(bank, tmp_path):
 
 # ---------------------------------------------------------------- memory, real shapes
 
-MEMORY = """
+MEMORY = PEAK + """
 import sys
 import medvol_nb.synth.generate as page
 from medvol_nb.synth.kernels import choose_backend
 import torch, zarr, numcodecs, google_crc32c
 if choose_backend("auto") == "numba": import numba
-def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])/1024 # MiB, its own
 from medvol_nb.synth.labels import EnsembleConfig
-before = peak()
+before = peak()/1024
 page.generate(sys.argv[1], n_ensembles=16, side_length=128, templatedir=sys.argv[2], workers=0)
 assert "monai" not in sys.modules
-print(before, peak())
+print(before, peak()/1024)
 """
 
 

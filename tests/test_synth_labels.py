@@ -31,6 +31,7 @@ from medvol_nb.synth.labels import (
     shape_matrices,
 )
 from medvol_nb.synth.templates import TemplateBank, procedural_bank
+from tests.memory import PEAK
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT/"tests"/"golden_synth_labels.json"
@@ -453,16 +454,14 @@ def test_D12_D13_what_a_task_carries_is_small(tmp_path):
     assert len(pickle.dumps((opened, EnsembleConfig(), 17))) < 2000
 
 
-MEMORY = """
+MEMORY = PEAK + """
 import json, sys
 import medvol_nb.synth.labels as L, numba, numpy, scipy.ndimage
 from medvol_nb.synth.templates import TemplateBank
 bank, config = TemplateBank.open(sys.argv[1]), L.EnsembleConfig(p_mask=1, p_envelope=1)
-def peak(): # of this program alone; getrusage would tell the parent's if that is larger
-    return next(int(line.split()[1])//1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()
+before = peak()//1024
 for i in range(3): L.render_labels(L.draw_plan(0, i, config, len(bank)), bank, backend="numba")
-print(json.dumps([before, peak(), sorted({"monai", "torch"} & set(sys.modules))]))
+print(json.dumps([before, peak()//1024, sorted({"monai", "torch"} & set(sys.modules))]))
 """
 
 

@@ -12,6 +12,7 @@ from medvol_nb.core import DataError, FormatError, MissingFile, OutputExists
 from medvol_nb.stores import write_ome_zarr
 from medvol_nb.view import view
 from medvol_nb.volume import Volume, affine_from, reorient, resample, to_axes, write_volume
+from tests.memory import PEAK
 
 SHAPE, SPACING = (40, 32, 20), (1.0, 1.5, 2.0)
 
@@ -186,10 +187,9 @@ def test_existing_pictures(tmp_path, img, monkeypatch):
 
 
 # ---- larger than memory ---------------------------------------------------------------------------------------------
-HUGE = """
+HUGE = PEAK + """
 import sys, time
 import zarr
-def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) # KiB; ru_maxrss is inherited
 store = zarr.open_array(sys.argv[1], mode="w", shape={shape}, chunks={chunks}, dtype="u1", fill_value=7)
 store.attrs.update(axes=list("{axes}"), spacing_mm={spacing})
 store[{part}] = 200

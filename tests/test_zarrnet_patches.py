@@ -27,6 +27,7 @@ from medvol_nb.zarrnet.patches import (
     split_patches,
 )
 from tests.faults.injectors import forked, truncations
+from tests.memory import PEAK
 
 KINDS = ("empty", "voxel", "noise", "box", "clipped", "boxes", "full")
 
@@ -211,12 +212,12 @@ def test_B4_memory_of_the_search_at_1024(tmp_path):
     from benchmarks._unet_patches import sheet_labels
 
     sheet_labels(tmp_path / "a.zarr", 1024)
-    code = (
+    code = PEAK + (
         "import sys, zarr\nfrom medvol_nb.zarrnet.finder import find_patches\n"
         "from medvol_nb.zarrnet.io import open_volume\nv = open_volume(sys.argv[1])\nv[:1, :1, :1]\n"
-        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])/1024\n"  # own, in MiB
         "before = peak()\n"
-        "find_patches(v, (64, 192, 192), min_labeled_ratio=0.07, grid_origin='label_bbox')\nprint(peak() - before)"
+        "find_patches(v, (64, 192, 192), min_labeled_ratio=0.07, grid_origin='label_bbox')\n"
+        "print((peak() - before)/1024)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.zarr")], capture_output=True, text=True, check=True
