@@ -61,7 +61,7 @@ def speed(full: bool = False) -> list[Row]:
 def scaling(full: bool = False) -> list[Row]:
     "One and two threads in turns; the labels are the same"
     import torch
-    features, _ = phantom(160 if full else 96, 0)
+    features, _ = phantom(160, 0)
     n, before = features.shape[1], torch.get_num_threads()
     def on(k: int, stride: int) -> np.ndarray:
         torch.set_num_threads(k)
@@ -78,7 +78,7 @@ def scaling(full: bool = False) -> list[Row]:
     for stride, name in ((1, "threads"), (2, "threads_default")):
         assert (on(1, stride) == on(2, stride)).all()
         rows.append(compare(f"supervoxels.{name}", f"{n}^3, stride {stride}, two threads; reference: one thread",
-                            functools.partial(on, 2, stride), functools.partial(on, 1, stride), unit="s", runs=7,
+                            functools.partial(on, 2, stride), functools.partial(on, 1, stride), unit="s", runs=5,
                             bar=1.6,
                             note=f"wall seconds; large matrix products by two threads: {most:.2f}; load of the "
                                  f"machine meanwhile {os.getloadavg()[0]:.1f}"))

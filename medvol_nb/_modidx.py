@@ -2388,7 +2388,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'medvol_nb.slic._Cells.cluster': ('slic.html#_cells.cluster', 'medvol_nb/slic.py'),
                                 'medvol_nb.slic._Cells.labels': ('slic.html#_cells.labels', 'medvol_nb/slic.py'),
                                 'medvol_nb.slic._Cells.seeds': ('slic.html#_cells.seeds', 'medvol_nb/slic.py'),
-                                'medvol_nb.slic._Cells.spread': ('slic.html#_cells.spread', 'medvol_nb/slic.py'),
                                 'medvol_nb.slic._Cells.sums': ('slic.html#_cells.sums', 'medvol_nb/slic.py'),
                                 'medvol_nb.slic._Planes': ('slic.html#_planes', 'medvol_nb/slic.py'),
                                 'medvol_nb.slic._Planes._complain': ('slic.html#_planes._complain', 'medvol_nb/slic.py'),

@@ -332,35 +332,37 @@ class _Cells:
         ax, ay, az = self.axes
         (_, gy, gz), r = self.grid, self.c + 5
         self.data = torch.empty(len(self.used), self.q, r, self.p, ay.side, az.side, device=self.device)
-        real = ay.real[:, None]*az.real
-        def plane(at: int) -> None:
+        real, c = ay.real[:, None]*az.real, self.c
+        many = max(1, 2**19//(r*real.numel())) # planes a piece
+        def piece(at: int) -> None:
             i, o = divmod(at, ax.side)
             x = int(ax.bounds[i]) + o
-            target = self.data[self.of_row[i]:self.of_row[i + 1], o//self.p, :, o % self.p]
-            if x >= ax.bounds[i + 1]:
+            target = self.data[self.of_row[i]:self.of_row[i + 1], o//self.p, :, o % self.p:o % self.p + many]
+            n, m = target.shape[2], min(target.shape[2], int(ax.bounds[i + 1]) - x) # planes, those in the cells
+            mask = None if self.mask is None or m < 1 else self.mask[x:x + m]
+            if m < 1 or mask is not None and not mask.any():
                 target.zero_()
                 return
-            row = planes.row(x)
-            if self.mask is not None and not self.mask[x].any():
-                target.zero_()
-                return
-            cells = self.used[self.of_row[i]:self.of_row[i + 1]] - i*gy*gz
-            row = (matrix @ row.reshape(len(row), -1) - offset).reshape(self.c, *self.shape[1:])
-            here = real
-            if self.mask is not None:
-                inside = torch.from_numpy(self.mask[x].astype(np.float32)).to(self.device)
-                here = here*inside.index_select(0, ay.source).index_select(1, az.source)
-            full = torch.empty(r, gy*ay.side, gz*az.side, device=self.device)
-            c = self.c
-            torch.index_select(row.index_select(1, ay.source), 2, az.source, out=full[:c])
-            full[c], full[c + 1], full[c + 2] = ax.offset[at], ay.offset[:, None], az.offset
+            full = torch.empty(r, n, *real.shape, device=self.device)
+            for k in range(n):
+                if k >= m or mask is not None and not mask[k].any(): full[:c, k] = 0
+                else:
+                    row = planes.row(x + k)
+                    row = (matrix @ row.reshape(len(row), -1) - offset).reshape(c, *self.shape[1:])
+                    torch.index_select(row.index_select(1, ay.source), 2, az.source, out=full[:c, k])
+            full[c], full[c + 1], full[c + 2] = ax.offset[at:at + n, None, None], ay.offset[:, None], az.offset
             full[c + 3] = 1
             torch.sum(full[:c + 3]**2, 0, out=full[c + 4])
-            full *= here
-            full = full.reshape(r, gy, ay.side, gz, az.side).permute(1, 3, 0, 2, 4)
+            full[:, m:] = 0
+            full[:, :m] *= real
+            if mask is not None:
+                inside = torch.from_numpy(mask.astype(np.float32)).to(self.device)
+                full[:, :m] *= inside.index_select(1, ay.source).index_select(2, az.source)
+            full = full.reshape(r, n, gy, ay.side, gz, az.side).permute(2, 4, 0, 1, 3, 5)
+            cells = self.used[self.of_row[i]:self.of_row[i + 1]] - i*gy*gz
             if len(cells) == gy*gz: target.view(gy, gz, *target.shape[1:]).copy_(full)
             else: target.copy_(full[tuple(torch.from_numpy(k).to(self.device) for k in np.divmod(cells, gz))])
-        self.run(plane, range(self.grid[0]*ax.side))
+        self.run(piece, [k + o for k in range(0, self.grid[0]*ax.side, self.p) for o in range(0, self.p, many)])
         self.data = self.data.reshape(len(self.used), self.q, r, -1)
 
     def _neighbours(self) -> None:
@@ -387,37 +389,39 @@ class _Cells:
         "(cells, q, columns) int8: the nearest of the 27 candidates of each voxel"
         seeds, c = self.seeds(), self.c
         n, columns = len(self.used), self.data.shape[3]
-        step = max(1, (2**19 if self.device.type == "cpu" else 2**27)//(27*columns))
+        step = max(1, (2**19 if self.device.type == "cpu" else 2**27)//(27*columns)) # cells a product
+        step = min(step, -(-n//16))
+        many = step*min(4, max(1, n//(16*step))) # cells a piece; small steps wait for other threads
         nearest = torch.full((n, self.q, columns), -1, dtype=torch.int8, device=self.device)
         sums = torch.empty(n, 27, c + 4, dtype=torch.float64, device=self.device)
         numbers = torch.arange(27, dtype=torch.int32, device=self.device)[:, None]
         buffers: SimpleQueue = SimpleQueue()
 
         def piece(a: int) -> int:
-            b, changed = min(a + step, n), 0
+            b = min(a + many, n)
             buffer = torch.empty(step, 27, columns, device=self.device) if buffers.empty() else buffers.get()
             centre = seeds[self.near[a:b]]
             place = centre[..., c:c + 3] - self.middle[a:b, None]
             far = torch.where(centre[..., -1:] > 0, (centre[..., :c]**2).sum(-1, True) + (place**2).sum(-1, True), 1e30)
             w = torch.cat([-2*centre[..., :c], -2*place, far + 1e-3, torch.ones_like(far)], -1).float()
-            total = 0
-            for j in range(self.q):
-                d, data = buffer[:b - a], self.data[a:b, j]
-                torch.bmm(w, data, out=d)
-                bits = d.view(torch.int32)
-                best = bits.bitwise_and_(-32).bitwise_or_(numbers).amin(1)
-                owner = (best & 31).to(torch.int8)
-                changed += int((owner != nearest[a:b, j]).sum())
-                nearest[a:b, j] = owner
-                members = d.eq_(best.view(torch.float32)[:, None])
-                total = torch.bmm(members, data[:, :-1].transpose(1, 2)).double() + total
-            total[..., c:c + 3] += self.middle[a:b, None]*total[..., -1:]
-            sums[a:b] = total
+            best = torch.empty(b - a, self.q, columns, dtype=torch.int32, device=self.device)
+            least, total = best.view(torch.float32)[:, :, None], w.new_empty(b - a, self.q, 27, c + 4)
+            for k, j in itertools.product(range(0, b - a, step), range(self.q)):
+                at = slice(k, k + step)
+                d, data = buffer[:len(w[at])], self.data[a:b, j][at]
+                torch.bmm(w[at], data, out=d)
+                torch.amin(d.view(torch.int32).bitwise_and_(-32).bitwise_or_(numbers), 1, out=best[at, j])
+                torch.bmm(d.eq_(least[at, j]), data[:, :-1].transpose(1, 2), out=total[at, j]) # of the members
             buffers.put(buffer)
+            owner = best.bitwise_and_(31).to(torch.int8)
+            changed = int((owner != nearest[a:b]).sum())
+            nearest[a:b] = owner
+            torch.sum(total, 1, dtype=torch.float64, out=sums[a:b])
+            sums[a:b, :, c:c + 3] += self.middle[a:b, None]*sums[a:b, :, -1:]
             return changed
 
         for _ in range(max_iter):
-            changed = sum(self.run(piece, range(0, n, step)))
+            changed = sum(self.run(piece, range(0, n, many)))
             total = torch.zeros_like(seeds)
             for k in range(27): total.index_add_(0, self.near[:, k], sums[:, k]) # no place occurs twice in a column
             found = total[:, -1] > 0
@@ -425,31 +429,30 @@ class _Cells:
             if changed < tol*self.n_voxels: break
         return nearest
 
-    def spread(self, values: torch.Tensor) -> np.ndarray:
-        "(x, y, z) int32 from (cells, q, columns); 0 outside the mask"
+    def labels(self, nearest: torch.Tensor) -> np.ndarray:
+        "(x, y, z) int32 place of each voxel's seed, counted from 1; 0 outside the mask"
         ax, ay, az = self.axes
         (gx, gy, gz), out = self.grid, np.empty(self.shape, np.int32)
-        for i in range(gx):
-            cells = self.used[self.of_row[i]:self.of_row[i + 1]] - i*gy*gz
+        def part(i: int) -> None:
+            rows = slice(self.of_row[i], self.of_row[i + 1])
+            cells = torch.from_numpy(self.used[rows] - i*gy*gz).to(self.device)
+            seeds = torch.gather(self.near[rows].int() + 1, 1, nearest[rows].flatten(1).long().clamp(max=26))
             row = torch.zeros(gy*gz, ax.side, ay.side, az.side, dtype=torch.int32, device=self.device)
-            row[torch.from_numpy(cells).to(self.device)] = \
-                values[self.of_row[i]:self.of_row[i + 1]].reshape(-1, ax.side, ay.side, az.side)
+            row[cells] = seeds.reshape(-1, *row.shape[1:])
             row = row.reshape(gy, gz, ax.side, ay.side, az.side).permute(2, 0, 3, 1, 4)
             a, b = ax.bounds[i], ax.bounds[i + 1]
             row = row[:b - a].reshape(b - a, gy*ay.side, gz*az.side)
             out[a:b] = row.index_select(1, ay.back).index_select(2, az.back).cpu().numpy()
-        return out if self.mask is None else np.where(self.mask, out, 0)
-
-    def labels(self, nearest: torch.Tensor) -> np.ndarray:
-        "(x, y, z) int32 place of each voxel's seed, counted from 1"
-        owner = torch.gather(self.near.int(), 1, nearest.reshape(len(nearest), -1).long().clamp(max=26)) + 1
-        return self.spread(owner.reshape(nearest.shape))
+            if self.mask is not None: out[a:b][~self.mask[a:b]] = 0
+        self.run(part, range(gx))
+        return out
 
     def sums(self, regions: np.ndarray, n: int) -> np.ndarray:
         "(n + 1, c) float64 sums of the features over numbered regions"
         ax, ay, az = self.axes
         gx, gy, gz = self.grid
         sy, sz = ay.source.cpu(), az.source.cpu()
+        many = max(1, 2**17//(self.c*self.q*self.data.shape[3])) # cells at once
         def part(i: int) -> torch.Tensor:
             first, last = self.of_row[i], self.of_row[i + 1]
             cells = torch.from_numpy(self.used[first:last] - i*gy*gz)
@@ -457,10 +460,10 @@ class _Cells:
             row = torch.from_numpy(regions[a:b]).index_select(1, sy).index_select(2, sz)
             row = torch.cat([row, row.new_zeros(ax.side - (b - a), *row.shape[1:])])
             row = row.reshape(ax.side, gy, ay.side, gz, az.side).permute(1, 3, 0, 2, 4)
-            out = torch.zeros(n + 1, self.c, dtype=torch.float64)
-            for k, ids in enumerate(row.reshape(gy*gz, self.q, -1)[cells], int(first)):
-                values = self.data[k, :, :self.c].cpu().transpose(1, 2).reshape(-1, self.c)
-                out.index_add_(0, ids.reshape(-1), values.double())
+            out, ids = torch.zeros(n + 1, self.c, dtype=torch.float64), row.reshape(gy*gz, -1)[cells]
+            for k in range(0, len(ids), many):
+                values = self.data[first + k:last, :, :self.c][:many].cpu().double().transpose(2, 3)
+                out.index_add_(0, ids[k:k + many].reshape(-1), values.reshape(-1, self.c))
             return out
         return sum(self.run(part, range(gx))).numpy()
 
