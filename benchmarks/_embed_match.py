@@ -14,9 +14,10 @@ from benchmarks.common import Row, clock, compare, median, threads
 from benchmarks.reference import embed_match as reference
 from medvol_nb.checkpoints import torch_rng_for
 from medvol_nb.core import rng_for
+from medvol_nb.embed.coarse import norm_map
 from medvol_nb.embed.data import NetGrid, net_grid
 from medvol_nb.embed.match import Matcher
-from medvol_nb.embed.store import STRIDES, Embedding, norm_map, open_embedding, write_embedding
+from medvol_nb.embed.store import STRIDES, Embedding, open_embedding, write_embedding
 from medvol_nb.geometry import Volume, affine_from
 
 SHAPE, SPACING = (512, 512, 300), (0.8, 0.8, 1.0)
@@ -43,7 +44,7 @@ def pair(full: bool) -> tuple[Embedding, Embedding]:
         maps = {h: smooth(s, seed, 4 if h == "fine" else 2, first.get(h)) for h, s in sizes.items()}
         first = first or maps
         arrays = {h: m.numpy() for h, m in maps.items()}
-        norm = norm_map(arrays["coarse"], sizes["fine"], (None,) * 3)
+        norm = norm_map(maps["coarse"], sizes["fine"], (None,) * 3).numpy()
         out.append(Embedding(arrays, grid, native, "benchmark", norm=norm, stretch=True))
     return out[0], out[1]
 

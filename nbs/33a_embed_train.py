@@ -27,7 +27,8 @@ from torch import nn
 from medvol_nb.checkpoints import device_for, precision_for, torch_rng_for
 from medvol_nb.core import ConfigError, DataError, OnExists, fingerprint, plain, rng_for, write_json
 from medvol_nb.embed.config import EmbeddingConfig, settings
-from medvol_nb.embed.loss import LossConfig, Maps, coarse_infonce, coarse_on_fine, fine_infonce, middle, nearest, places
+from medvol_nb.embed.loss import (LossConfig, Maps, coarse_at, coarse_infonce, coarse_scores, fine_infonce, middle,
+                                  nearest, places)
 from medvol_nb.embed.losses_more import cross_modal_loss, prototype_loss
 from medvol_nb.embed.model import EmbedderConfig, build_model, load_start
 from medvol_nb.embed.sampler import Case, MixedBatches, OrganSet, PairSet, ViewSet, collate, read_cases
@@ -244,9 +245,9 @@ def matching_error(
     _, _, inside = nearest(a.points, b)
     at = torch.nonzero(inside & a.valid)[:, 0]
     order = torch.randperm(len(at), generator=rng or torch_rng_for(0, "matching error"))[:count].to(at.device)
-    query, score = at[order], 0
-    for v, w in ((views[0].fine, views[1].fine), tuple(map(coarse_on_fine, views))):
-        score = score + v.flatten(1)[:, query].T @ w.flatten(1) # (n, m)
+    query = at[order]
+    score = views[0].fine.flatten(1)[:, query].T @ views[1].fine.flatten(1) # (n, m)
+    score += coarse_scores(coarse_at(views[0], query), views[1])
     found = score.masked_fill(~b.valid, -torch.inf).argmax(1)
     return (b.points[found] - a.points[query]).norm(dim=1)
 

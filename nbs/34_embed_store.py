@@ -15,10 +15,9 @@
 
 # %%
 #| export
-import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from medvol_nb.body import body_mask
 from medvol_nb.checkpoints import Precision, autocast_for, device_for
 from medvol_nb.core import (DataError, FormatError, MissingFile, OnExists, check_output, fingerprint,
                             inside, read_csv, read_json, rng_for, write_csv)
+from medvol_nb.embed.coarse import COARSE_RATIOS, norm_map
 from medvol_nb.embed.data import (SCAN_SUFFIXES, Contrast, NetGrid, contrast_of, list_scans, net_grid, net_volume,
                                   network_volume)
 from medvol_nb.embed.model import STRIDES, EmbedderConfig, load_embedder, map_shape, model_digest
@@ -48,63 +47,6 @@ from medvol_nb.core import close, raises
 from medvol_nb.embed.model import ModelConfig, build_model, save_embedder
 from medvol_nb.geometry import affine_from
 from medvol_nb.volume import write_volume
-
-# %% [markdown]
-# ## From the coarse grid to the fine one
-# A coarse vector stands for 8 x 32 x 32 mm, a fine one for 4 mm cubes. To add their similarities, the coarse vectors
-# $C$ are interpolated at each fine voxel and brought back to length 1. Interpolation is a matrix along each axis with
-# two numbers a row. The length before normalising, $\nu(x) = \|\sum_c w_c(x)\, C_c\|$, does not depend on the query, so
-# it is computed once for a scan. Not by interpolating 128 channels: $\nu^2 = \sum_{c,c'} w_c w_{c'} \langle C_c,
-# C_{c'}\rangle$, and only neighbours have weights that meet, so 14 products of the coarse map with its shifted self
-# are all that has to be interpolated.
-
-# %%
-#| export
-def interpolation_matrix(
-    n_to: int, # samples wanted along the axis
-    n_from: int, # samples there are, beginning at the same face
-    ratio: float | None = None, # samples there are for each one wanted; None: n_from/n_to, both end at the same face
-) -> np.ndarray: # (n_to, n_from) float32, two numbers a row, each row sums to 1
-    "Linear interpolation along one axis between grids whose first faces agree (align_corners=False)"
-    at = np.clip((np.arange(n_to) + 0.5)*(ratio or n_from/n_to) - 0.5, 0, n_from - 1)
-    low = np.minimum(at.astype(int), max(n_from - 2, 0))
-    out = np.zeros((n_to, n_from), np.float32)
-    out[np.arange(n_to), low] = 1 - (at - low)
-    out[np.arange(n_to), np.minimum(low + 1, n_from - 1)] += at - low
-    return out
-
-COARSE_RATIOS = tuple(f/c for f, c in zip(STRIDES["fine"], STRIDES["coarse"])) # (z, y, x)
-
-def norm_map(
-    coarse: np.ndarray, # (c, z, y, x) vectors of length 1
-    shape: tuple[int, int, int], # (z, y, x) of the fine grid
-    ratios: Sequence[float | None] = COARSE_RATIOS, # coarse voxels for each fine one; None: stretch to fit
-) -> np.ndarray: # (z, y, x) float32
-    "Length of the coarse vectors after interpolation to the fine grid"
-    coarse = np.asarray(coarse, np.float32)
-    axes = [interpolation_matrix(n, m, r) for n, m, r in zip(shape, coarse.shape[1:], ratios)]
-    total = np.zeros(shape, np.float32)
-    for shift in itertools.product((-1, 0, 1), repeat=3):
-        if shift < (0, 0, 0) or any(abs(s) >= n for s, n in zip(shift, coarse.shape[1:])): continue
-        near = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(shift, coarse.shape[1:]))
-        far = tuple(slice(max(0, s), n + min(0, s)) for s, n in zip(shift, coarse.shape[1:]))
-        gram = np.einsum("czyx,czyx->zyx", coarse[(slice(None), *near)], coarse[(slice(None), *far)])
-        for k, (w, a, b) in enumerate(zip(axes, near, far)):
-            gram = np.moveaxis(np.tensordot(w[:, a]*w[:, b], gram, (1, k)), 0, k)
-        total += gram if shift == (0, 0, 0) else 2*gram
-    return np.sqrt(np.maximum(total, 0))
-
-# %%
-rng = rng_for(0, "coarse")
-coarse = rng.standard_normal((16, 3, 4, 2)).astype(np.float32)
-coarse /= np.linalg.norm(coarse, axis=0)
-slow = F.interpolate(torch.from_numpy(coarse)[None], size=(9, 21, 13), mode="trilinear")[0].norm(dim=0).numpy()
-stretched = norm_map(coarse, (9, 21, 13), (None,)*3)
-assert close(stretched, slow, 1e-5)
-exact = F.interpolate(torch.from_numpy(coarse)[None], size=(6, 32, 16), mode="trilinear")[0].norm(dim=0).numpy()
-assert close(norm_map(coarse, (5, 31, 13)), exact[:5, :31, :13], 1e-5)
-plot.montage([slow[4], stretched[4]], titles=["all channels interpolated", "from 14 products"],
-             width=4)
 
 # %% [markdown]
 # ## What an embedding knows
@@ -294,7 +236,8 @@ def embed_volume(
     info = {"source": Path(str(path)).name if path else "array", "intensity": contrast, "spacing": float(cfg.spacing),
             "config": fingerprint(cfg.model_dump(mode="json", exclude={"digest", "name"})), "name": cfg.name}
     emb = Embedding(maps, grid, NetGrid(native.shape, native.affine), cfg.digest or model_digest(net),
-                    norm=norm_map(maps["coarse"], grid.feature(STRIDES["fine"]).shape) if "coarse" in maps else None,
+                    norm=norm_map(torch.from_numpy(maps["coarse"]), grid.feature(STRIDES["fine"]).shape).numpy()
+                    if "coarse" in maps else None,
                     body=_fine_body(vol, body, contrast, grid.feature(STRIDES["fine"])), info=info)
     if out is None: return emb
     write_embedding(emb, out, on_exists, dtype=dtype)

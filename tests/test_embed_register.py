@@ -178,6 +178,7 @@ def test_window_holds_the_turned_image():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_b_lung_knocked_apart(data_dir):
     "At least 20 known transforms: mean error at 500 lung points <= 3.0 mm, < 0.1 % of lung voxels folded"
     from benchmarks._embed_register import lung_trial
@@ -189,6 +190,7 @@ def test_b_lung_knocked_apart(data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_c_ct_to_mr_knocked_apart(data_dir):
     "20 known transforms of the CT template: back within 4 mm of the T1's frame, of which 2.5 are the templates' own"
     from benchmarks._embed_register import ct_mr_trial

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from medvol_nb import phantoms
 from medvol_nb.core import DataError, FormatError, MedvolError, MissingFile, rng_for
 from medvol_nb.embed import store as page
+from medvol_nb.embed.coarse import interpolation_matrix, norm_map
 from medvol_nb.embed.data import net_grid
 from medvol_nb.embed.model import EmbedderConfig, ModelConfig, build_model, save_embedder
 from medvol_nb.embed.store import (
@@ -20,8 +21,6 @@ from medvol_nb.embed.store import (
     Embedding,
     embed,
     embed_volume,
-    interpolation_matrix,
-    norm_map,
     open_embedding,
     position_embedding,
     scan_files,
@@ -53,7 +52,7 @@ def net():
 def test_norm_map_is_the_length_of_the_interpolated_vectors(fine, coarse):
     c = unit((12, *coarse))
     slow = F.interpolate(torch.from_numpy(c)[None], size=fine, mode="trilinear")[0].norm(dim=0).numpy()
-    np.testing.assert_allclose(norm_map(c, fine, (None,) * 3), slow, atol=2e-6)
+    np.testing.assert_allclose(norm_map(torch.from_numpy(c), fine, (None,) * 3), slow, atol=2e-6)
 
 
 def test_coarse_voxels_stay_where_they_are():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossConfig', 'Maps', 'Places', 'places', 'middle', 'nearest', 'Rows', 'some', 'largest', 'hard_then_diverse',
-           'contrast', 'coarse_on_fine', 'fine_rows', 'fine_infonce', 'coarse_rows', 'coarse_infonce']
+           'contrast', 'coarse_at', 'coarse_scores', 'too_near', 'forget_near', 'fine_rows', 'fine_infonce',
+           'coarse_rows', 'coarse_infonce']
 
 # %% ../../nbs/32_embed_loss.ipynb #imports
 import math
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from ..config import Config
 from ..core import DataError
+from .coarse import coarse_similarity, coarse_vectors
 from .model import STRIDES
 
 # %% ../../nbs/32_embed_loss.ipynb #LossConfig
@@ -159,13 +161,39 @@ def contrast(
     logits = chosen.masked_fill(~use, -math.inf)/tau
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
-# %% ../../nbs/32_embed_loss.ipynb #coarse_on_fine
-def coarse_on_fine(
+# %% ../../nbs/32_embed_loss.ipynb #coarse_at
+def coarse_at(
     view: Maps, # of one crop
-) -> torch.Tensor: # (e, n) of unit length; gradients do not pass
-    "Coarse vectors at the n fine voxels"
-    up = F.interpolate(view.coarse.detach()[None], size=view.fine.shape[1:], mode="trilinear")[0]
-    return F.normalize(up, dim=0).flatten(1)
+    at: torch.Tensor, # (r,) fine voxels
+) -> torch.Tensor: # (r, e) of unit length; gradients do not pass
+    "Coarse vectors at some fine voxels"
+    return coarse_vectors(view.coarse.detach(), view.fine.shape[1:], at)
+
+def coarse_scores(
+    vectors: torch.Tensor, # (r, e), from `coarse_at` of this or another view
+    view: Maps, # whose voxels they are compared with
+) -> torch.Tensor: # (r, n); gradients do not pass
+    "Similarity of coarse vectors with those at the n fine voxels of a view"
+    return coarse_similarity(vectors, view.coarse.detach(), view.fine.shape[1:])
+
+def too_near(
+    points: torch.Tensor, # (r, 3) float32, from the middle of the pair [mm]
+    to: Places, # feature voxels of a view
+    within: float, # distance [mm]
+) -> tuple[torch.Tensor, torch.Tensor]: # (k,) points, (k,) feature voxels
+    "Pairs of points and voxels less than `within` apart; only the box of voxels around each point is measured"
+    inverse, stride = torch.linalg.inv(to.matrix), to.matrix.new_tensor(to.stride)
+    f = ((points.to(to.offset) - to.offset) @ inverse.T + 0.5)/stride - 0.5 # (r, 3) feature voxels
+    reach = (within*inverse.norm(dim=1)/stride).ceil().long().tolist()
+    flat = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)
+    for axis, (n, r) in enumerate(zip(to.shape, reach)):
+        count = min(2*r + 2, n)
+        first = (f[:, axis].floor().long() - r).clamp(0, n - count)[:, None]
+        steps = first + torch.arange(count, device=points.device) # (r, count)
+        flat = (flat[:, :, None]*n + steps[:, None]).flatten(1)
+    near = (points[:, None] - to.points[flat]).norm(dim=2) < within
+    row, k = torch.nonzero(near, as_tuple=True)
+    return row, flat[row, k]
 
 def _keys(a: Places, b: Places, within: float) -> tuple[torch.Tensor, torch.Tensor]:
     "Voxels of `a` with a key in `b`, and the keys"
@@ -176,8 +204,16 @@ def _keys(a: Places, b: Places, within: float) -> tuple[torch.Tensor, torch.Tens
     at = torch.nonzero(hit)[:, 0]
     return at, flat[at]
 
-def _pool(a: Places, b: Places) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([a.points, b.points]), torch.cat([a.valid, b.valid]) # (p, 3), (p,)
+def forget_near(
+    score: torch.Tensor, # (r, n) of points with the voxels of a view, changed in place
+    points: torch.Tensor, # (r, 3) float32, from the middle of the pair [mm]
+    to: Places, # the view
+    cfg: LossConfig, # distances
+    within: float | None = None, # distance [mm]; None: `cfg.ignore_mm`
+) -> None:
+    "Voxels that are too near to be negatives, or outside the scan, get the score -inf"
+    score[too_near(points, to, cfg.ignore_mm if within is None else within)] = 0 if cfg.reference_quirks else -math.inf
+    if not cfg.reference_quirks and not to.valid.all(): score.masked_fill_(~to.valid, -math.inf)
 
 def _fine_queries(a: Places, b: Places, cfg: LossConfig, rng: torch.Generator
                   ) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -198,18 +234,19 @@ def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator,
     if rows is not None: return pool[:, rows.query].T @ pool, rows
     origin = middle(views)
     a, b = (places(v, "fine", origin) for v in views)
-    points, valid = _pool(a, b)
+    n = len(a.points)
     query, key, apart = _fine_queries(a, b, cfg, rng)
     similarity = pool[:, query].T @ pool # (r, p)
     with torch.no_grad():
-        score = similarity.clone()
+        score, of_a = similarity.clone(), query < n
+        blocks = score[:, :n], score[:, n:]
         if not apart:
-            coarse = torch.cat([coarse_on_fine(v).T for v in views]) # (p, e)
-            score.addmm_(coarse[query], coarse.T)
-        near = torch.cdist(points[query], points, compute_mode="donot_use_mm_for_euclid_dist") < cfg.ignore_mm
-        if cfg.reference_quirks: score *= ~near
-        else: score.masked_fill_(near | ~valid, -math.inf).scatter_(1, key[:, None], -math.inf)
-        if apart: score[:, len(a.points):] = -math.inf
+            vectors = torch.cat([coarse_at(views[0], query[of_a]), coarse_at(views[1], query[~of_a] - n)])
+            for block, view in zip(blocks, views): block += coarse_scores(vectors, view)
+        points = torch.cat([a.points[query[of_a]], b.points[query[~of_a] - n]])
+        for block, to in zip(blocks, (a, b)): forget_near(block, points, to, cfg)
+        if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
+        if apart: blocks[1].fill_(-math.inf)
         negatives = hard_then_diverse(score, cfg.negatives if apart else cfg.hard, cfg.negatives, rng)
     return similarity, Rows(query, key, *negatives)
 
@@ -251,7 +288,7 @@ def coarse_rows(
     origin = middle(views)
     a, b = (places(v, "coarse", origin) for v in views)
     n = len(a.points)
-    points, valid = _pool(a, b)
+    points, valid = torch.cat([a.points, b.points]), torch.cat([a.valid, b.valid]) # (p, 3), (p,)
     far = 8.0 if cfg.reference_quirks else cfg.coarse_z_mm
     (qa, ka), (qb, kb) = _coarse_keys(a, b, cfg, far), _coarse_keys(b, a, cfg, cfg.coarse_z_mm)
     query, key = torch.cat([qa, qb + n]), torch.cat([ka + n, kb])
@@ -261,9 +298,9 @@ def coarse_rows(
     with torch.no_grad():
         pool = torch.cat([v.coarse.flatten(1) for v in views], 1) # (e, p)
         score = pool[:, query].T @ pool # (r, p)
-        near = torch.cdist(points[query], points) < cfg.coarse_ignore_mm
-        if cfg.reference_quirks: score = score*~near
-        else: score = score.masked_fill(near | ~valid, -math.inf).scatter(1, key[:, None], -math.inf)
+        for block, to in ((score[:, :n], a), (score[:, n:], b)):
+            forget_near(block, points[query], to, cfg, cfg.coarse_ignore_mm)
+        if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
         hard, count = (cfg.coarse_negatives + 1,)*2 if apart else (cfg.coarse_hard, cfg.coarse_negatives)
         if quirk and not apart:
             negative = torch.stack([torch.randperm(min(hard, score.shape[1]), generator=rng)[:count] for _ in query])

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core import DataError
-from .loss import (LossConfig, Maps, Places, Rows, coarse_on_fine, contrast, hard_then_diverse, middle,
-                                  nearest, places, some)
+from .loss import (LossConfig, Maps, Places, Rows, coarse_at, coarse_scores, contrast, forget_near,
+                                  hard_then_diverse, middle, nearest, places, some)
 from .model import STRIDES
 
 # %% ../../nbs/32a_embed_losses_more.ipynb #coarse_labels
@@ -100,8 +100,7 @@ def _cross_similarity(views: tuple[Maps, Maps], head: str, at: int, query: torch
 @torch.no_grad()
 def _coarse_similarity(views: tuple[Maps, Maps], at: int, query: torch.Tensor) -> torch.Tensor:
     "Likewise of the coarse vectors, interpolated to the fine grids"
-    up = [coarse_on_fine(v) for v in views]
-    return up[at][:, query].T @ up[1 - at]
+    return coarse_scores(coarse_at(views[at], query), views[1 - at])
 
 @torch.no_grad()
 def _one_way(views: tuple[Maps, Maps], head: str, at: int, own: tuple[torch.Tensor, Places],
@@ -112,9 +111,8 @@ def _one_way(views: tuple[Maps, Maps], head: str, at: int, own: tuple[torch.Tens
     if head == "fine": score = score + _coarse_similarity(views, at, query)
     ignore = cfg.ignore_mm if head == "fine" else cfg.coarse_ignore_mm
     hard, count = (cfg.hard, cfg.negatives) if head == "fine" else (cfg.coarse_hard, cfg.coarse_negatives)
-    near = torch.cdist(here.points[query], there.points, compute_mode="donot_use_mm_for_euclid_dist") < ignore
-    if cfg.reference_quirks: score = score*~near # (d)
-    else: score = score.masked_fill(near | ~there.valid, -math.inf).scatter(1, key[:, None], -math.inf)
+    forget_near(score, here.points[query], there, cfg, ignore) # (d)
+    if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
     return Rows(query, key, *hard_then_diverse(score, hard, count, rng))
 
 def cross_modal_loss(

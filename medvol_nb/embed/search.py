@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .store import Embedding, interpolation_matrix, norm_map
+from .coarse import interpolation_axes, interpolation_matrix, norm_map
+from .store import Embedding
 from ..stores import as_format_error
 
 # %% ../../nbs/34a_embed_search.ipynb #Tile
@@ -97,11 +98,11 @@ def make_side(
     if "coarse" in heads:
         vectors = emb.vectors("coarse")
         if not np.isfinite(vectors).all(): vectors = np.nan_to_num(vectors, nan=0.0, posinf=0.0, neginf=0.0)
-        norm = norm_map(vectors, emb.fine.shape, emb.ratios) if emb.norm is None else np.asarray(emb.norm, np.float32)
         coarse = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
-        inverse = torch.from_numpy(1/np.maximum(norm, 1e-3)).reshape(nz, -1).to(device)
-        matrices = tuple(torch.from_numpy(interpolation_matrix(n, m, r)).to(device)
-                         for n, m, r in zip(emb.fine.shape, vectors.shape[1:], emb.ratios))
+        norm = norm_map(coarse, emb.fine.shape, emb.ratios) if emb.norm is None else \
+            torch.from_numpy(np.asarray(emb.norm, np.float32)).to(device)
+        inverse = norm.clamp(min=1e-3).reciprocal().reshape(nz, -1)
+        matrices = interpolation_axes(coarse, emb.fine.shape, emb.ratios)
     allowed = usable.clone()
     if restrict and emb.body is not None:
         allowed &= torch.from_numpy(np.asarray(emb.body, bool)).reshape(nz, -1).to(device)

@@ -20,7 +20,8 @@ from torch import nn
 from ..checkpoints import device_for, precision_for, torch_rng_for
 from ..core import ConfigError, DataError, OnExists, fingerprint, plain, rng_for, write_json
 from .config import EmbeddingConfig, settings
-from .loss import LossConfig, Maps, coarse_infonce, coarse_on_fine, fine_infonce, middle, nearest, places
+from .loss import (LossConfig, Maps, coarse_at, coarse_infonce, coarse_scores, fine_infonce, middle,
+                                  nearest, places)
 from .losses_more import cross_modal_loss, prototype_loss
 from .model import EmbedderConfig, build_model, load_start
 from .sampler import Case, MixedBatches, OrganSet, PairSet, ViewSet, collate, read_cases
@@ -168,9 +169,9 @@ def matching_error(
     _, _, inside = nearest(a.points, b)
     at = torch.nonzero(inside & a.valid)[:, 0]
     order = torch.randperm(len(at), generator=rng or torch_rng_for(0, "matching error"))[:count].to(at.device)
-    query, score = at[order], 0
-    for v, w in ((views[0].fine, views[1].fine), tuple(map(coarse_on_fine, views))):
-        score = score + v.flatten(1)[:, query].T @ w.flatten(1) # (n, m)
+    query = at[order]
+    score = views[0].fine.flatten(1)[:, query].T @ views[1].fine.flatten(1) # (n, m)
+    score += coarse_scores(coarse_at(views[0], query), views[1])
     found = score.masked_fill(~b.valid, -torch.inf).argmax(1)
     return (b.points[found] - a.points[query]).norm(dim=1)
 
