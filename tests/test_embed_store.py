@@ -19,6 +19,8 @@ from medvol_nb.embed.model import EmbedderConfig, ModelConfig, build_model, save
 from medvol_nb.embed.store import (
     STRIDES,
     Embedding,
+    _differences,
+    _Summed,
     embed,
     embed_volume,
     open_embedding,
@@ -90,6 +92,30 @@ def test_P5_slabs_are_read_alone(tmp_path, monkeypatch):
     assert np.abs(opened.vectors("fine", slice(8, 16)) - emb.maps["fine"][:, 8:16]).max() < 0.01
     with pytest.raises(FormatError, match="e.zarr"):
         opened.vectors("fine", slice(44, 50))
+
+
+@pytest.mark.parametrize("along", ["x", "xy", "xyz"])
+def test_differences_add_up_to_the_same_numbers(along):
+    "Any planes of a map, which need not begin or end with a row of chunks; sums wrap around at 8 bits"
+    m = np.random.default_rng(0).integers(-127, 128, (5, 21, 9, 7), dtype=np.int8)
+    read = _Summed(_differences(m, along), along)
+    for planes in (slice(None), slice(3, 5), slice(8, 21), slice(9, 17), slice(0, 20, 3), slice(20, 30), slice(4, 4)):
+        np.testing.assert_array_equal(read[:, planes], m[:, planes])
+    np.testing.assert_array_equal(read[2:4, 10, 3], m[2:4, 10, 3])
+    np.testing.assert_array_equal(np.asarray(read[...]), m)
+
+
+def test_differences_along_all_axes_are_stored_where_vectors_are_smooth(tmp_path, net):
+    emb = embed_volume(net, small_scan(), device="cpu")
+    write_embedding(emb, tmp_path / "e.zarr")
+    back = open_embedding(tmp_path / "e.zarr")
+    assert back.maps["fine"].along == "xyz"
+    whole = back.vectors("fine")
+    assert np.abs(whole - emb.maps["fine"]).max() <= 0.5 / back.scales["fine"] + 1e-6
+    np.testing.assert_array_equal(back.vectors("fine", slice(5, 11)), whole[:, 5:11])
+    rough = replace(emb, maps={**emb.maps, "fine": unit(emb.maps["fine"].shape, 4)})
+    write_embedding(rough, tmp_path / "r.zarr")
+    assert not hasattr(open_embedding(tmp_path / "r.zarr").maps["fine"], "along")
 
 
 def test_D06_stores_need_no_gpu_no_network_and_run_nothing(tmp_path):

@@ -32,7 +32,7 @@ from ..stores import as_format_error, create_array, new_store
 from ..volume import format_of, read_volume, stem_of
 
 # %% ../../nbs/34_embed_store.ipynb #VERSION
-VERSION = 1
+VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
@@ -194,19 +194,42 @@ CHUNK = (8, 32, 32) # (z, y, x) of the maps
 _ATTRS = ("version", "model", "grid", "native", "scales", "stretch", "differences", "info")
 
 class _Summed:
-    "Stored differences along x, read as the numbers themselves; whole rows of x only"
-    def __init__(self, array: Any):
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
-    def __getitem__(self, key: Any) -> np.ndarray: return np.cumsum(self.array[key], axis=-1, dtype=np.int8)
+    "Stored differences, read as the numbers themselves"
+    def __init__(self, array: Any, along: str):
+        self.array, self.along, self.shape, self.dtype = array, along, array.shape, array.dtype
+    def __getitem__(self, key: Any) -> np.ndarray:
+        if not (isinstance(key, tuple) and len(key) == 2 and key[0] == slice(None) and isinstance(key[1], slice)):
+            return self[:, :][key]
+        first, last, step = key[1].indices(self.shape[1])
+        low = first - first % CHUNK[0]
+        out = np.array(self.array[:, low:last])
+        for a in self.along:
+            for part in _parts(out, a): np.cumsum(part, "czyx".index(a), np.int8, part)
+        return out[:, first - low::step]
 
-def _differences(m: np.ndarray) -> np.ndarray | None:
-    "Differences of an int8 map along x; None if they are not smaller, or a whole chunk of them is zero"
-    d = m.copy()
-    d[..., 1:] -= m[..., :-1]
-    if np.abs(d.astype(np.int16)).mean() >= np.abs(m.astype(np.int16)).mean(): return None
-    filled = (d != 0).any(0)
-    for axis, c in enumerate(CHUNK): filled = np.logical_or.reduceat(filled, np.arange(0, m.shape[axis + 1], c), axis)
-    return d if filled.all() else None
+def _parts(m: np.ndarray, along: str) -> list[np.ndarray]:
+    "What differences along an axis go through: all of the map, or along z its rows of chunks"
+    return [m] if along != "z" else [m[:, z:z + CHUNK[0]] for z in range(0, m.shape[1], CHUNK[0])]
+
+def _differences(m: np.ndarray, along: str) -> np.ndarray:
+    "Differences of an int8 map along some axes"
+    out = m.copy()
+    for a in along:
+        for part in _parts(out, a):
+            part = np.moveaxis(part, "czyx".index(a), 0)
+            part[1:] -= part[:-1].copy()
+    return out
+
+def _smallest(m: np.ndarray) -> tuple[np.ndarray, str]:
+    "An int8 map, or those of its differences that are smallest on average, and along which axes; no chunk is all zero"
+    sizes = {along: np.abs(_differences(m[::4], along).astype(np.int16)).mean() for along in ("", "x", "xy", "xyz")}
+    for along in sorted(sizes, key=sizes.get):
+        d = _differences(m, along)
+        filled = (d != 0).any(0)
+        for axis, c in enumerate(CHUNK):
+            filled = np.logical_or.reduceat(filled, np.arange(0, m.shape[axis + 1], c), axis)
+        if filled.all(): return d, along
+    return m, ""
 
 def _quantised(m: np.ndarray, dtype: str, levels: float) -> tuple[np.ndarray, float]:
     "A map in the type it is stored in, and the stored number of the component 1"
@@ -231,13 +254,14 @@ def write_embedding(
         m = emb.vectors(head)
         if not np.isfinite(m).all(): raise DataError(f"{path}: map {head!r} holds NaN or infinity, it is not stored")
         arrays[head], scales[head] = _quantised(m, "float16" if head == "coarse" else dtype, levels)
-    changed = {h: d for h, a in arrays.items() if a.dtype == np.int8 and (d := _differences(a)) is not None}
-    arrays |= changed
+    smaller = {h: _smallest(a) for h, a in arrays.items() if a.dtype == np.int8}
+    arrays |= {h: d for h, (d, _) in smaller.items()}
     if emb.norm is not None: arrays["norm"] = np.maximum(np.asarray(emb.norm), 1e-4).astype(np.float16)
     if emb.body is not None: arrays["body"] = np.asarray(emb.body, np.uint8) + np.uint8(1)
     info = {k: v for k, v in emb.info.items() if k != "path"}
     attrs = {"version": VERSION, "model": emb.model, "grid": emb.grid.to_dict(), "native": emb.native.to_dict(),
-             "scales": scales, "stretch": emb.stretch, "differences": sorted(changed), "info": info}
+             "scales": scales, "stretch": emb.stretch, "info": info,
+             "differences": {h: along for h, (_, along) in smaller.items()}}
     attrs = json.loads(json.dumps(attrs))
     with new_store(path, attributes={**attrs, "digest": fingerprint(attrs)}) as group:
         for name, a in arrays.items():
@@ -267,8 +291,8 @@ def open_embedding(
             if (there := a.nchunks_initialized) != a.nchunks:
                 lost = a.nchunks - there
                 raise FormatError(f"{where}: damaged, {lost} of {a.nchunks} chunks of {name!r} are missing")
-        summed = attrs["differences"]
-        maps = {h: _Summed(arrays[h]) if h in summed else arrays[h] for h in STRIDES if h in arrays}
+        along = attrs["differences"]
+        maps = {h: _Summed(arrays[h], along[h]) if along.get(h) else arrays[h] for h in STRIDES if h in arrays}
         lacking = sorted(set(attrs["scales"]) - set(maps))
         if lacking: raise FormatError(f"{where}: map {lacking[0]!r} is missing")
         parts = {n: np.asarray(arrays[n][...]) for n in ("norm", "body") if n in arrays}
