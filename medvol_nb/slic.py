@@ -251,7 +251,9 @@ class _Cells:
         "Rows: features, position, one, square; everything 0 where there is no voxel"
         ax, ay, az = self.axes
         (_, gy, gz), r = self.grid, self.c + 5
-        self.data = torch.empty(len(self.used), self.q, r, self.p, ay.side, az.side, device=self.device)
+        size = (len(self.used), self.q, r, self.p, ay.side, az.side)
+        self.data = torch.from_numpy(np.empty(size, np.float32)) if self.device.type == "cpu" else \
+            torch.empty(size, device=self.device) # NumPy asks for large pages: to touch them first takes less time
         real, c = ay.real[:, None]*az.real, self.c
         many = max(1, 2**19//(r*real.numel())) # planes a piece
         def piece(at: int) -> None:

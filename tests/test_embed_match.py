@@ -150,6 +150,28 @@ def test_E7_pruning_is_exact_and_says_how_much():
     assert torch.equal(where, search(place, learned)[0]) and skipped > 0.8
 
 
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_coarse_cosine_may_count_less_or_more(weight):
+    "Scores are the weighted mean of both cosines, by each way to search"
+    a, b = random_pair()
+    q, k = (make_side(e, ("fine", "coarse"), CPU, coarse_weight=weight) for e in (a, b))
+    at = rng_for(0, "n").integers(2, np.array(a.fine.shape) - 2, (6, 3))
+    fine, coarse, _ = page.descriptors(q, torch.from_numpy(at.astype(float)))
+    query = make_query(k, fine, coarse)
+    (full, score), (pruned, same, _) = search(k, query), search_pruned(k, query)
+    assert torch.equal(full, pruned)
+    np.testing.assert_allclose(score, same, atol=1e-6)
+    one, two = make_query(make_side(b, ("fine",), CPU), fine, None), make_query(k, fine, coarse)
+    alone = make_side(b, ("fine",), CPU)
+    of_fine, of_both = (page.voxel_scores(s, v, full).numpy() for s, v in ((alone, one), (k, two)))
+    of_coarse = (of_both * (1 + weight) - of_fine) / weight
+    assert np.abs(of_coarse).max() <= 1 + 1e-5 and np.ptp(of_coarse) > 0.01
+    equal = page.voxel_scores(plain := make_side(b, ("fine", "coarse"), CPU), make_query(plain, fine, coarse), full)
+    np.testing.assert_allclose(equal.numpy(), (of_fine + of_coarse) / 2, atol=1e-5)
+    m, even = (Matcher(a, b, coarse_weight=w).match(a.fine.to_world(at), "nn") for w in (weight, 1.0))
+    assert np.abs(m.score - even.score).max() > 1e-3
+
+
 def test_pruning_is_exact_where_stored_vectors_are_longer_than_1():
     "Few levels of stored integers make some vectors longer, so one with a lower coarse share may win"
     emb = position_embedding(header((60, 56, 48), (4.0, 4.0, 4.0)))
@@ -242,6 +264,8 @@ def test_wrong_options(bad, words):
         Matcher(a, b).match([[0, 0, 0]], **bad)
     with pytest.raises(DataError, match="heads"):
         Matcher(a, b, heads=("coarse",))
+    with pytest.raises(DataError, match="coarse_weight: must be > 0, got 0"):
+        Matcher(a, b, coarse_weight=0)
 
 
 def test_no_points_is_no_error():

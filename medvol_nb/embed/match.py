@@ -125,6 +125,7 @@ class Matcher:
         emb_k: Embedding | str | os.PathLike, # scan they are looked for in, or its store
         *,
         heads: Sequence[str] | None = None, # heads that count; default: all that both have
+        coarse_weight: float = 1.0, # of the coarse cosine in the mean; others have 1
         restrict_to_body: bool = True, # matches lie in the body, where an embedding knows it
         calibration: Calibration | None = None, # gives matches a probability
         device: str = "cpu", # where to compute
@@ -137,10 +138,13 @@ class Matcher:
             raise DataError(f"heads: 'fine' and others of {both} are needed, each once, got {list(self.heads)}")
         if any(self.emb_q.maps[h].shape[0] != self.emb_k.maps[h].shape[0] for h in self.heads):
             raise DataError("heads: vectors of the two scans differ in length")
+        if not 0 < coarse_weight < np.inf:
+            raise DataError(f"coarse_weight: must be > 0, got {coarse_weight!r}. To do without, name the other heads")
         if calibration is not None and calibration.model: same_model(self.emb_q.model, calibration.model, "calibration")
         self.restrict, self.calibration, self.device = restrict_to_body, calibration, device_for(device)
         order = tuple(h for h in both if h in self.heads) # descriptors follow the order of maps
-        self._q, self._k = (make_side(e, order, self.device, restrict_to_body) for e in (self.emb_q, self.emb_k))
+        self._q, self._k = (make_side(e, order, self.device, restrict_to_body, coarse_weight)
+                            for e in (self.emb_q, self.emb_k))
 
     def side(
         self,

@@ -169,6 +169,7 @@ def match(
     min_score: float | None = None, # mean cosine below which a match is flagged
     cycle_mm: float = 12.0, # longest way back of a mutual match [mm]
     calibration: str | os.PathLike | None = None, # .json file, gives matches a probability
+    coarse_weight: float = 1.0, # of the coarse cosine in the mean; others have 1
     body: bool = True, # matches lie in the body, where that is known
     device: str = "auto", # where to compute
     on_exists: OnExists = "error", # what to do when `out` is there already
@@ -178,8 +179,8 @@ def match(
     _suffix(out)
     if not check_output(out, on_exists, inputs=[query, key, points]): return {"out": Path(out), "skipped": True}
     cal = None if calibration is None else Calibration.load(calibration)
-    matcher = Matcher(_embedding(query, model, device), _embedding(key, model, device), restrict_to_body=body,
-                      calibration=cal, device=device)
+    matcher = Matcher(_embedding(query, model, device), _embedding(key, model, device), coarse_weight=coarse_weight,
+                      restrict_to_body=body, calibration=cal, device=device)
     m = matcher.match(pts.xyz, mode, min_score=min_score, cycle_mm=cycle_mm)
     write_points(out, m.matched, pts.names, [_about(r) for r in m.rows()], "overwrite")
     states, counts = np.unique(m.status, return_counts=True)

@@ -35,7 +35,8 @@ class Side:
     allowed: torch.Tensor # (z, y*x) bool, where a match may be
     usable: torch.Tensor # (z, y*x) bool, vectors that are finite and have a length
     scale: torch.Tensor # (c) float32, what stored rows are multiplied with
-    heads: int # cosines in a score
+    fine_heads: int # cosines in a score beside the coarse one
+    coarse_share: float # of the coarse cosine in a score; the others share the rest
     longest: float # length of the longest vector of a fine head; stored integers make some longer than 1
     axes: tuple[torch.Tensor, ...] # three interpolation matrices, coarse to fine: (z, z'), (y, y'), (x, x')
     tiles: tuple[Tile, ...] # of a plane
@@ -67,6 +68,7 @@ def make_side(
     heads: Sequence[str], # heads that count
     device: torch.device, # where to compute
     restrict: bool = True, # matches lie in the body, if the embedding knows it
+    coarse_weight: float = 1.0, # of the coarse cosine in the mean; others have 1
 ) -> Side: # ready to be searched
     "Bring an embedding into the form that is searched"
     nz, ny, nx = emb.fine.shape
@@ -107,7 +109,8 @@ def make_side(
     if restrict and emb.body is not None:
         allowed &= torch.from_numpy(np.asarray(emb.body, bool)).reshape(nz, -1).to(device)
     if not bool(allowed.any()): allowed = usable.clone()
-    return Side(emb, rows, coarse, inverse, allowed, usable, scale, len(heads), longest, matrices,
+    share = coarse_weight/(len(parts) + coarse_weight) if "coarse" in heads else 0.0
+    return Side(emb, rows, coarse, inverse, allowed, usable, scale, len(parts), share, longest, matrices,
                 _tiles(emb.fine.shape, matrices, device))
 
 # %% ../../nbs/34a_embed_search.ipynb #_corners
@@ -156,7 +159,7 @@ FEW = 4 # points for which pruning is quicker than a batch
 @dataclass(eq=False)
 class Query:
     "Points as vectors, ready for another scan"
-    fine: torch.Tensor # (n, c) float32, times the other scan's scale, divided by the number of heads
+    fine: torch.Tensor # (n, c) float32, times the other scan's scale and its share in a score
     coarse: torch.Tensor | None # (n, z, y, x) float32: products with the coarse vectors of the other scan, likewise
 
 def make_query(
@@ -165,8 +168,8 @@ def make_query(
     coarse: torch.Tensor | None, # (n, c')
 ) -> Query: # ready to be searched with
     "Prepare the vectors of points for the search in a scan"
-    if coarse is not None: coarse = torch.tensordot(coarse, side.coarse, 1)/side.heads
-    return Query(fine*side.scale/side.heads, coarse)
+    if coarse is not None: coarse = torch.tensordot(coarse, side.coarse, 1)*side.coarse_share
+    return Query(fine*side.scale*((1 - side.coarse_share)/side.fine_heads), coarse)
 
 def _level(side: Side, q: Query, z: int) -> torch.Tensor | None:
     "Coarse products (n, y'*x') in one plane"
@@ -266,7 +269,7 @@ def search_pruned(
     flat = torch.zeros((n, k), dtype=torch.int64, device=device)
     places = torch.nonzero(side.allowed.reshape(-1))[:, 0]
     az, ay, ax = side.axes
-    room = (side.heads - 1)/side.heads*side.longest*1.0001 # and what rounding adds
+    room = (1 - side.coarse_share)*side.longest*1.0001 # and what rounding adds
     full = len(places) == side.allowed.numel()
     rows, inverse = side.rows.reshape(-1, side.rows.shape[2]), side.inverse_norm.reshape(-1)
     for i in range(n if len(places) else 0):
