@@ -33,7 +33,7 @@ from medvol_nb.config import check_config, parse_overrides
 from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, OnExists, OutputExists, atomic,
                             check_output, file_digest, fingerprint, lock, log, plain, read_json, write_json)
 from medvol_nb.embryo.diffusion import (Denoiser, Items, Noise, Raw, diffusion_loss, encode_pictures, fixed_batches,
-                                        learned_table, picture_digests, pixel_encoder)
+                                        learned_table, picture_digests, pixel_encoder, read_pictures)
 from medvol_nb.embryo.phases import DATA_LICENCE, PROMPT, PromptTemplate
 from medvol_nb.embryo.plan import (Conditions, FinetuneConfig, Plan, class_pictures, make_conditions, plan_run, set_of,
                                    template_of)
@@ -176,6 +176,7 @@ def _start_record(plan: Plan, base: Path, digest: str, c: Conditions) -> dict[st
             "classes": [list(k) for k in c.classes],
             "pictures": {"folder": str(p.root.resolve()), "n": len(p), "phases": p.phases,
                          "planes": sorted({k[1].pretty for k in p.classes if k and k[1]}), "set": set_of(p),
+                         "digest": fingerprint(picture_digests(p.files)),
                          "folder_json": file_digest(note) if note.exists() else None},
             "steps": plan.steps, "versions": versions(),
             "licences": [str(p.about.get("licence") or DATA_LICENCE), MODEL_LICENCE]}
@@ -390,7 +391,11 @@ def finetune(
         if on_exists != "skip" or resume_from_checkpoint:
             raise OutputExists(f"{out} is a finished run, it is never overwritten. Choose another --run-name")
         free = _FREE - {"steps_per_image", "max_train_steps"} # the steps of this run are done
-        if differ := [k for k, v in plain(cfg).items() if k not in free and about["settings"].get(k, v) != v]:
+        differ = [k for k, v in plain(cfg).items() if k not in free and about["settings"].get(k, v) != v]
+        pictures = fingerprint(picture_digests(read_pictures(image_folder).files))
+        if about["model"]["digest"] != weights_digest(resolve_model(model)): differ.append("model")
+        if about["pictures"].get("digest", pictures) != pictures: differ.append("image_folder")
+        if differ:
             raise OutputExists(f"{out} is a finished run with other settings ({', '.join(differ)}), it is never "
                                "overwritten. Choose another --run-name")
         return {"run": str(out), "finished": True, "steps": about["steps"], "note": "was finished before"}

@@ -281,6 +281,21 @@ def test_other_settings_do_not_continue_a_run(tiny, few, tmp_path):
     assert (tmp_path / "run" / "run.json").read_bytes() == about
 
 
+def test_a_finished_run_is_not_that_of_another_model_or_other_pictures(tiny, few, tmp_path):
+    run(tiny, few, tmp_path, max_train_steps=2)
+    about = (tmp_path / "run" / "run.json").read_bytes()
+    assert run(tiny, few, tmp_path, max_train_steps=2)["note"] == "was finished before"
+    other, fewer = make_tiny_sd(tmp_path / "other", seed=9, channels=(32, 32)), tmp_path / "fewer"
+    shutil.copytree(few, fewer)
+    assert run(tiny, fewer, tmp_path, max_train_steps=2)["note"] == "was finished before"  # a copy of them
+    first = sorted((fewer / "images").iterdir())[0]
+    first.write_bytes(sorted((fewer / "images").iterdir())[1].read_bytes())
+    for base, images, what in ((other, few, "model"), (tiny, fewer, "image_folder")):
+        with pytest.raises(OutputExists, match=rf"other settings \({what}\)"):
+            run(base, images, tmp_path, max_train_steps=2)
+    assert (tmp_path / "run" / "run.json").read_bytes() == about
+
+
 def test_lora_needs_its_base(tiny, few, tmp_path):
     run(tiny, few, tmp_path, max_train_steps=2)
     other = make_tiny_sd(tmp_path / "other", seed=9, channels=(32, 32))
