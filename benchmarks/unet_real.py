@@ -72,7 +72,7 @@ def dynunet(name: str, channels: int):
     from monai.networks.nets import DynUNet
 
     from medvol_nb.checkpoints import seeded
-    from medvol_nb.zarrnet.infer import activate
+    from medvol_nb.zarrnet.model import activate
     class Single(torch.nn.Module):
         def __init__(self):
             super().__init__()

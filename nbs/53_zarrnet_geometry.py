@@ -48,13 +48,14 @@ from medvol_nb.core import close, raises, rng_for
 _STEPS = {"uint8": (127.5, -1.0), "uint16": (32767.5, -1.0), "int16": (32767.0, 0.0)} # q = (n - shift)*scale
 
 def unit_vectors(
-    vectors: np.ndarray, # (3, ...) float
+    vectors: np.ndarray, # (3, ...) float, NaN where nothing is known
     least: float = 1e-6, # shorter ones become zero
 ) -> np.ndarray: # (3, ...) float32 of length one or zero
-    "Bring vectors to length one; zero stays zero"
+    "Bring vectors to length one; those without a direction become zero"
     vectors = np.asarray(vectors, np.float32)
     length = np.sqrt(np.einsum("i...,i...->...", vectors, vectors))
-    return vectors*np.where(length > least, 1/np.maximum(length, np.float32(1e-30)), np.float32(0))
+    with np.errstate(invalid="ignore"): known = length >= least
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=known)
 
 def decode_normals(
     raw: np.ndarray, # (3, ...) as stored: uint8, uint16, int16 or float

@@ -260,18 +260,17 @@ class MultiTaskUNet(nn.Module):
     ) -> dict[str, torch.Tensor]: # (b, c_t, z, y, x) for each target
         "Probabilities, unit vectors or values of every target"
         out = {name: y[0] if isinstance(y, list) else y for name, y in self(x).items()}
-        return {name: activated(y, t, (override or {}).get(name)) for (name, t), y in
+        return {name: activate(y, (override or {}).get(name, t.activation), t.kind) for (name, t), y in
                 zip(self.targets.items(), out.values())}
 
-def activated(
-    logits: torch.Tensor, # (b, c, z, y, x)
-    target: Target, # with its kind
-    kind: str | None = None, # activation instead of the target's own
-) -> torch.Tensor: # (b, c, z, y, x)
-    "Turn logits into what they stand for; normals get unit length, zero stays zero"
-    if target.kind == "normals": return logits/torch.linalg.vector_norm(logits, dim=1, keepdim=True).clamp(min=1e-6)
-    kind = kind or target.activation
-    return torch.sigmoid(logits) if kind == "sigmoid" else torch.softmax(logits, 1) if kind == "softmax" else logits
+def activate(
+    logits: torch.Tensor, # (b, c, ...) float
+    activation: str, # "none", "sigmoid" or "softmax"
+    kind: str = "raw", # of the target; "normals" become unit vectors, zero stays zero
+) -> torch.Tensor: # (b, c, ...)
+    "Turn logits into what they stand for"
+    if kind == "normals": return F.normalize(logits, dim=1, eps=1e-6)
+    return logits.sigmoid() if activation == "sigmoid" else logits.softmax(1) if activation == "softmax" else logits
 
 # %%
 targets = {"sheet": Target(channels=1, activation="sigmoid"), "normals": Target(channels=3)}

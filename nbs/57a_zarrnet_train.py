@@ -35,7 +35,7 @@ from medvol_nb.zarrnet.data import GroupedBatches, ImageNormalizer, VolumeDatase
 from medvol_nb.zarrnet.geometry import normals_rgb
 from medvol_nb.zarrnet.loss import MultiTaskLoss
 from medvol_nb.zarrnet.metrics import Scores
-from medvol_nb.zarrnet.model import MultiTaskUNet, activated, build_model, estimate_memory, level_costs
+from medvol_nb.zarrnet.model import MultiTaskUNet, activate, build_model, estimate_memory, level_costs
 from medvol_nb.zarrnet.patches import PatchList, Split, patch_list, split_patches, write_split
 
 # %%
@@ -162,7 +162,7 @@ def predictions(
     logits: Mapping[str, torch.Tensor], # (b, c, z, y, x) of each target
 ) -> dict[str, torch.Tensor]: # (b, c, z, y, x) probabilities, unit vectors, values
     "What `predict` would have given"
-    return {n: activated(logits[n].float(), t) for n, t in model.targets.items()}
+    return {n: activate(logits[n].float(), t.activation, t.kind) for n, t in model.targets.items()}
 
 def validation_patches(
     n: int, # patches there are

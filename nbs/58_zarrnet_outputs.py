@@ -31,6 +31,7 @@ from medvol_nb.core import (ConfigError, DataError, FormatError, MissingFile, On
 from medvol_nb.stores import as_format_error, create_array, downsample2, new_store, packers_for, settled
 from medvol_nb.zarrnet.columns import room_in
 from medvol_nb.zarrnet.config import Target, infer_kind
+from medvol_nb.zarrnet.geometry import unit_vectors
 
 # %%
 import matplotlib.pyplot as plt
@@ -50,14 +51,6 @@ from medvol_nb.core import raises, rng_for, tmpdir
 # %%
 #| export
 _NO_LENGTH = 1e-6
-
-def unit_vectors(
-    values: np.ndarray, # (3, ...) float32, NaN where nothing is known
-) -> np.ndarray: # (3, ...) float32 of length 1, or 0 where there is no direction
-    "Vectors of length one; those without a direction become zero"
-    length = np.sqrt(np.einsum("c...,c...->...", values, values))
-    with np.errstate(invalid="ignore"): known = length >= _NO_LENGTH
-    return np.divide(values, length, out=np.zeros_like(values), where=known)
 
 @dataclass(frozen=True)
 class Encoding:

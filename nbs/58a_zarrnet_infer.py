@@ -39,9 +39,11 @@ from medvol_nb.core import (ConfigError, DataError, Locked, check_output, finger
 from medvol_nb.grid import Box, Grid, _Slab, _slab_bytes, sweep_bytes, sweep_rows
 from medvol_nb.zarrnet.columns import Carry, Column, Writer, ahead, columns_of, piece_of, room_in
 from medvol_nb.zarrnet.config import InferenceParams, Target
+from medvol_nb.zarrnet.geometry import unit_vectors
 from medvol_nb.zarrnet.io import ChunkedVolume, open_volume
+from medvol_nb.zarrnet.model import activate
 from medvol_nb.zarrnet.outputs import (PROGRESS, Encoding, Format, Predictions, axis_tensors, create_predictions,
-                                       encoding_for, finish_predictions, principal_axes, unit_vectors)
+                                       encoding_for, finish_predictions, principal_axes)
 
 # %%
 import matplotlib.pyplot as plt
@@ -62,15 +64,6 @@ from medvol_nb.stores import write_zarr
 
 # %%
 #| export
-def activate(
-    logits: torch.Tensor, # (b, c, ...) float
-    activation: str, # "none", "sigmoid" or "softmax"
-    kind: str = "raw", # "normals" become unit vectors
-) -> torch.Tensor: # (b, c, ...)
-    "Logits to values"
-    if kind == "normals": return torch.nn.functional.normalize(logits, dim=1, eps=1e-6)
-    return logits.sigmoid() if activation == "sigmoid" else logits.softmax(1) if activation == "softmax" else logits
-
 _SPATIAL = (-3, -2, -1)
 _MIRRORS = [axes for n in range(4) for axes in itertools.combinations(_SPATIAL, n)]
 

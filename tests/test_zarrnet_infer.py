@@ -19,9 +19,9 @@ from medvol_nb.intensity import Normalizer
 from medvol_nb.stores import open_zarr, write_zarr
 from medvol_nb.zarrnet import infer
 from medvol_nb.zarrnet.config import InferenceParams, Target
+from medvol_nb.zarrnet.geometry import unit_vectors
 from medvol_nb.zarrnet.infer import (
     Forward,
-    activate,
     grid_inferer,
     is_constant,
     occupied,
@@ -29,6 +29,7 @@ from medvol_nb.zarrnet.infer import (
     predict_volume,
 )
 from medvol_nb.zarrnet.io import open_volume
+from medvol_nb.zarrnet.model import activate
 from medvol_nb.zarrnet.outputs import (
     Encoding,
     Format,
@@ -37,7 +38,6 @@ from medvol_nb.zarrnet.outputs import (
     differing,
     encoding_for,
     halve,
-    unit_vectors,
 )
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from medvol_nb.zarrnet.model import (
     _assemble,
     _Live,
     _step,
-    activated,
+    activate,
     build_model,
     estimate_memory,
     level_costs,
@@ -224,7 +224,7 @@ def test_U09_forward_gives_logits_and_predict_probabilities():
     assert torch.allclose(out["normals"].norm(dim=1), torch.ones(1, 8, 8, 16), atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model.predict(x, {"sheet": "none"})["sheet"], test["sheet"])
-    zero = activated(torch.zeros(1, 3, 2, 2, 2), TWO["normals"])
+    zero = activate(torch.zeros(1, 3, 2, 2, 2), "none", "normals")
     assert torch.equal(zero, torch.zeros(1, 3, 2, 2, 2))
 
 

@@ -28,7 +28,7 @@ from .data import GroupedBatches, ImageNormalizer, VolumeDataset, fit_normalizer
 from .geometry import normals_rgb
 from .loss import MultiTaskLoss
 from .metrics import Scores
-from .model import MultiTaskUNet, activated, build_model, estimate_memory, level_costs
+from .model import MultiTaskUNet, activate, build_model, estimate_memory, level_costs
 from .patches import PatchList, Split, patch_list, split_patches, write_split
 
 # %% ../../nbs/57a_zarrnet_train.ipynb #describe_model
@@ -129,7 +129,7 @@ def predictions(
     logits: Mapping[str, torch.Tensor], # (b, c, z, y, x) of each target
 ) -> dict[str, torch.Tensor]: # (b, c, z, y, x) probabilities, unit vectors, values
     "What `predict` would have given"
-    return {n: activated(logits[n].float(), t) for n, t in model.targets.items()}
+    return {n: activate(logits[n].float(), t.activation, t.kind) for n, t in model.targets.items()}
 
 def validation_patches(
     n: int, # patches there are
