@@ -53,12 +53,12 @@ def interpolation_matrix(
     return out
 
 def interpolation_axes(
-    coarse: torch.Tensor, # (c, z', y', x') map
+    coarse: torch.Tensor, # (c, z', y', x') map, whose device and type the matrices get
     shape: Sequence[int], # (z, y, x) of the fine grid
     ratios: Sequence[float | None] = COARSE_RATIOS, # coarse voxels for each fine one; None: stretch to fit
 ) -> tuple[torch.Tensor, ...]: # three matrices, coarse to fine: (z, z'), (y, y'), (x, x')
     "Interpolation from a coarse map to a fine grid"
-    return tuple(torch.from_numpy(interpolation_matrix(n, m, r)).to(coarse.device)
+    return tuple(torch.from_numpy(interpolation_matrix(n, m, r)).to(coarse)
                  for n, m, r in zip(shape, coarse.shape[1:], ratios))
 
 def interpolated(

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Embeddings on disk
 #
-# > Embed a scan once, keep the vectors in a third of the space, open any part of them without the network.
+# > Embed a scan once, keep the vectors in a quarter of the space, open any part of them without the network.
 #
 # A scan of 512 x 512 x 300 voxels becomes 800,000 vectors of length 128 and a few thousand coarse ones. The reference
 # keeps them as a pickle of GPU tensors, 434 MB a case, that only opens on a machine with a GPU and runs code when it

@@ -208,12 +208,12 @@ def forget_near(
     score: torch.Tensor, # (r, n) of points with the voxels of a view, changed in place
     points: torch.Tensor, # (r, 3) float32, from the middle of the pair [mm]
     to: Places, # the view
-    cfg: LossConfig, # distances
-    within: float | None = None, # distance [mm]; None: `cfg.ignore_mm`
+    within: float, # distance [mm]
+    quirk: bool = False, # what is too near gets the score 0, what is outside the scan stays (d)
 ) -> None:
     "Voxels that are too near to be negatives, or outside the scan, get the score -inf"
-    score[too_near(points, to, cfg.ignore_mm if within is None else within)] = 0 if cfg.reference_quirks else -math.inf
-    if not cfg.reference_quirks and not to.valid.all(): score.masked_fill_(~to.valid, -math.inf)
+    score[too_near(points, to, within)] = 0 if quirk else -math.inf
+    if not quirk and not to.valid.all(): score.masked_fill_(~to.valid, -math.inf)
 
 def _fine_queries(a: Places, b: Places, cfg: LossConfig, rng: torch.Generator
                   ) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -244,7 +244,7 @@ def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator,
             vectors = torch.cat([coarse_at(views[0], query[of_a]), coarse_at(views[1], query[~of_a] - n)])
             for block, view in zip(blocks, views): block += coarse_scores(vectors, view)
         points = torch.cat([a.points[query[of_a]], b.points[query[~of_a] - n]])
-        for block, to in zip(blocks, (a, b)): forget_near(block, points, to, cfg)
+        for block, to in zip(blocks, (a, b)): forget_near(block, points, to, cfg.ignore_mm, cfg.reference_quirks)
         if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
         if apart: blocks[1].fill_(-math.inf)
         negatives = hard_then_diverse(score, cfg.negatives if apart else cfg.hard, cfg.negatives, rng)
@@ -299,7 +299,7 @@ def coarse_rows(
         pool = torch.cat([v.coarse.flatten(1) for v in views], 1) # (e, p)
         score = pool[:, query].T @ pool # (r, p)
         for block, to in ((score[:, :n], a), (score[:, n:], b)):
-            forget_near(block, points[query], to, cfg, cfg.coarse_ignore_mm)
+            forget_near(block, points[query], to, cfg.coarse_ignore_mm, cfg.reference_quirks)
         if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
         hard, count = (cfg.coarse_negatives + 1,)*2 if apart else (cfg.coarse_hard, cfg.coarse_negatives)
         if quirk and not apart:

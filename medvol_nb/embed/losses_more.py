@@ -111,7 +111,7 @@ def _one_way(views: tuple[Maps, Maps], head: str, at: int, own: tuple[torch.Tens
     if head == "fine": score = score + _coarse_similarity(views, at, query)
     ignore = cfg.ignore_mm if head == "fine" else cfg.coarse_ignore_mm
     hard, count = (cfg.hard, cfg.negatives) if head == "fine" else (cfg.coarse_hard, cfg.coarse_negatives)
-    forget_near(score, here.points[query], there, cfg, ignore) # (d)
+    forget_near(score, here.points[query], there, ignore, cfg.reference_quirks)
     if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
     return Rows(query, key, *hard_then_diverse(score, hard, count, rng))
 
