@@ -313,7 +313,7 @@ class _Cells:
         n, columns = len(self.used), self.data.shape[3]
         step = max(1, (2**19 if self.device.type == "cpu" else 2**27)//(27*columns)) # cells a product
         if self.device.type == "cpu": step = min(step, -(-n//16)) # pieces for all threads
-        many = step*min(4, max(1, n//(16*step))) # cells a piece: threads wait for each other at each call, so few calls
+        many = step*min(4, max(1, n//(8*step))) # cells a piece: threads wait for each other at each call, so few calls
         nearest = torch.full((n, self.q, columns), -1, dtype=torch.int8, device=self.device)
         sums = torch.empty(n, 27, c + 4, dtype=torch.float64, device=self.device)
         numbers = torch.arange(27, dtype=torch.int32, device=self.device)[:, None]
