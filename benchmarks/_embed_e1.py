@@ -34,9 +34,10 @@ from medvol_nb.core import ConfigError, rng_for, write_json
 from medvol_nb.embed.config import EmbeddingConfig, preset, tiny
 from medvol_nb.embed.data import NetGrid, net_volume, network_volume
 from medvol_nb.embed.intensity import AUGMENTS, Augment
+from medvol_nb.embed.match import Matcher
 from medvol_nb.embed.model import STRIDES, AnatNet, build_model, load_embedder
 from medvol_nb.embed.search import descriptors, make_query, make_side, search_pruned
-from medvol_nb.embed.store import Embedding
+from medvol_nb.embed.store import Embedding, embed_volume
 from medvol_nb.embed.train import Folders, make_batches, train_network
 from medvol_nb.geometry import Volume, resample
 from medvol_nb.volume import read_volume
@@ -298,6 +299,20 @@ def pruned(pair: Pair, net: AnatNet, count: int = 20) -> float:
     return search_pruned(sides[1], make_query(sides[1], fine, coarse))[2]
 
 
+def between_crops(data: Path, run: Path, count: int = 384) -> float:
+    "Median error of points that one thorax crop shows and the other, too, where they are at the same place [voxel]"
+    net, cfg = load_embedder(run, "cpu")
+    a, b = (embed_volume(net, data/s, config=cfg, device="cpu") for s in THORAX)
+    points = a.fine.to_world(np.argwhere(a.body))
+    at = np.rint(b.fine.to_index(points)).astype(int)
+    inside = ((at >= 0) & (at < b.fine.shape)).all(1)
+    inside[inside] = b.body[tuple(at[inside].T)]
+    points = points[inside]
+    points = points[rng_for(0, "crops").choice(len(points), count, replace=False)]
+    found = Matcher(a, b, coarse_weight=WEIGHTS["coarse"]).match(points, "nn").matched
+    return float(np.median(np.linalg.norm(found - points, axis=1)))/cfg.spacing
+
+
 HAND_MADE = {"identity": lambda: None, PATCH: lambda: Mind(1), "grey patch, NCC": GreyPatch,
              "MIND-SSC, 1 voxel": lambda: Mind(0), "MIND-SSC, 27 voxels 8 mm apart": lambda: Mind(1, 4)}
 
@@ -324,6 +339,7 @@ def table(data: Path, runs: list[Path], path: Path | None = None) -> list[dict]:
         for run in runs:
             row = next(r for r in out if (r["experiment"], r["row"]) == (title, run.name))
             if "pruned" not in row: row["pruned"] = pruned(pair, load_embedder(run, "cpu")[0])
+            if title == "E1" and "crops" not in row: row["crops"] = between_crops(data, run)
     return out
 
 
@@ -357,6 +373,8 @@ def judged(rows: list[dict]) -> list[Row]:
             less=False)
         add("mutual", "mutual matches within 10 mm; reference: 85 asked", 100*r["mutual_within_10"], 85.0, "%",
             note=f"{more}; {PATCH}: {100*patch['mutual_within_10']:.1f}", less=False)
+        add("crops", "median error from one thorax crop to the other, which is where it learned; reference: 2 asked",
+            r["crops"], 2.0, "network voxel")
         add("kept", "matches that are mutual; reference: 65 asked", 100*r["kept"], 65.0, "%",
             note=f"{more}; {PATCH}: {100*patch['kept']:.1f}", less=False)
     plain, wild = mean_of(rows, "E2", "thorax"), mean_of(rows, "E2", "wild")
