@@ -23,6 +23,7 @@ from medvol_nb.embed.loss import (
     middle,
     nearest,
     places,
+    too_near,
 )
 from medvol_nb.embed.losses_more import cross_modal_loss, cross_rows, prototype_loss
 from medvol_nb.embed.model import STRIDES, map_shape
@@ -52,6 +53,21 @@ def test_A4_fine_equals_the_slow_twin(k):
     slow, fast = twin.fine_of_rows(views, CFG, rows), fine_infonce(views, CFG, rng=None, rows=rows)
     assert abs(float(slow - fast)) < 1e-5
     assert fast == fine_infonce(views, CFG, rng=torch_rng_for(k))
+
+
+@pytest.mark.parametrize("within", [0.0, 3.0, 21.5, 500.0])
+@pytest.mark.parametrize("head", ["fine", "coarse"])
+def test_the_box_around_a_point_holds_all_that_is_near(head, within):
+    "The same pairs as in the table of all distances, for views that are turned, apart in part, and smaller than a box"
+    a, b = pair()
+    a, b = (places(v, head, middle((a, b))) for v in (a, b))
+    some = torch.cat([a.points[::13], a.points[:1] + 400])
+    table = torch.cdist(some, b.points, compute_mode="donot_use_mm_for_euclid_dist") < within
+    row, voxel = too_near(some, b, within)
+    found = torch.zeros_like(table)
+    found[row, voxel] = True
+    assert len(row) == int(found.sum()) and torch.equal(found, table)
+    assert found.any() or within < 5
 
 
 @pytest.mark.parametrize("k", range(3))
