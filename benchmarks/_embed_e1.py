@@ -13,7 +13,6 @@ scan are looked for in the whole original. Settings were compared on warps of th
 import argparse
 import datetime
 import json
-import os
 import re
 import shutil
 import time
@@ -27,7 +26,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from benchmarks.__main__ import put
-from benchmarks.common import Row, machine
+from benchmarks.common import DATA, Row, machine
 from benchmarks.common import table as markdown
 from medvol_nb.body import body_mask
 from medvol_nb.core import ConfigError, rng_for, write_json
@@ -42,7 +41,6 @@ from medvol_nb.embed.train import Folders, make_batches, train_network
 from medvol_nb.geometry import Volume, resample
 from medvol_nb.volume import read_volume
 
-ROOT = Path(__file__).resolve().parents[1]
 MUTUAL_MM = 12.0  # a match is mutual if the way back ends so near to its beginning
 STEPS = {"thorax": 1000, "more": 300, "wild": 1000}  # of one training; `wild` goes on after `thorax`
 WEIGHTS = {"fine": 1.0, "coarse": 0.5}  # of the cosines; with 1.0 2.7 points fewer are within 10 mm on VALIDATION
@@ -414,7 +412,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["train", "table"])
     p.add_argument("runs", nargs="*", type=Path, help="folders KIND-SEED, such as thorax-0")
-    p.add_argument("--data", type=Path, default=Path(os.environ.get("MEDVOL_DATA", ROOT/"../shared/data")))
+    p.add_argument("--data", type=Path, default=DATA)
     p.add_argument("--steps", type=int, help="default: 1000, more 300")
     p.add_argument("--json", type=Path, help="rows so far; those of it are not measured again")
     p.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")

@@ -1,7 +1,6 @@
 "Matching points between two CT of 512 x 512 x 300 with embeddings in memory, and embeddings on disk"
 
 import functools
-import os
 import shutil
 import tempfile
 import time
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Row, clock, interleaved, median, threads
+from benchmarks.common import DATA, Row, clock, interleaved, median, threads
 from benchmarks.reference import embed_match as reference
 from medvol_nb.checkpoints import torch_rng_for
 from medvol_nb.core import rng_for
@@ -23,7 +22,6 @@ from medvol_nb.embed.model import ModelConfig, build_model
 from medvol_nb.embed.store import STRIDES, Embedding, embed_volume, open_embedding, write_embedding
 from medvol_nb.geometry import Volume, affine_from
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING = (512, 512, 300), (0.8, 0.8, 1.0)
 
 
@@ -150,8 +148,7 @@ def stores(full: bool = False) -> list[Row]:
     Vectors of a network with random weights, which pack as those of the networks of E1 do (after training 4.5 bits a
     number on this scan, before 4.5), and invented ones with noise of their own at each voxel, which pack worse.
     """
-    data = Path(os.environ.get("MEDVOL_DATA", ROOT / "../shared/data"))
-    scan = data / "anatomical_embedding/lung_two_timepoints/followup_warped_to_baseline_ct.nii.gz"
+    scan = DATA / "anatomical_embedding/lung_two_timepoints/followup_warped_to_baseline_ct.nii.gz"
     cases = {"store_noise": ("invented vectors with noise", pair(full)[0], None)}
     if scan.exists():
         net = build_model(ModelConfig(width=16, norm="gn"), seed=0).eval()

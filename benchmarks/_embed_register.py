@@ -1,13 +1,11 @@
 "Registration: the deformable step beside ConvexAdam, and real pairs that were knocked apart"
 import functools
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Row, interleaved, median, threads
+from benchmarks.common import DATA, Row, interleaved, median, threads
 from medvol_nb import phantoms
 from medvol_nb.core import rng_for
 from medvol_nb.embed import deform, register
@@ -15,7 +13,6 @@ from medvol_nb.embed.transforms import Field, Transform, jacobian_report, warp
 from medvol_nb.geometry import Volume, crop, reorient, resample, to_axes, to_world
 from medvol_nb.volume import read_volume
 
-DATA = Path(os.environ.get("MEDVOL_DATA", Path(__file__).parents[2]/"shared/data"))
 ANATOMY = DATA/"anatomical_embedding"
 CT = DATA/"datalists_supervoxels/totalseg/abdomen_3mm_ct.nii.gz"
 

@@ -1,6 +1,5 @@
 "Step 0 and step 1 of synthetic data: cutting out templates, and composing label ensembles of 128^3"
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Row, compare, interleaved, median, threads
+from benchmarks.common import DATA, Row, compare, interleaved, median, threads
 from benchmarks.reference import synth as reference
 from medvol_nb.core import rng_for
 from medvol_nb.geometry import Volume
@@ -17,7 +16,6 @@ from medvol_nb.synth.labels import KINDS, EnsembleConfig, draw_plan, mask_noise,
 from medvol_nb.synth.templates import TemplateBank, build_bank, procedural_bank
 from medvol_nb.volume import read_volume, write_volume
 
-DATA = Path(os.environ.get("MEDVOL_DATA", Path(__file__).resolve().parents[1]/"../shared/data"))
 ORGANS = DATA/"synthetic_labels"/"totalseg_layout"/"s0001"
 
 

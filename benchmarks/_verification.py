@@ -1,7 +1,6 @@
 "Verification of data lists: headers of ten thousand pairs, every voxel of real ones, one process against two"
 
 import itertools
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from isal import isal_zlib
 from nibabel.affines import apply_affine
 
-from benchmarks.common import Row, interleaved, median, threads
+from benchmarks.common import DATA, Row, interleaved, median, threads
 from medvol_nb.checks import check_pairs
 from medvol_nb.volume import Volume, affine_from, write_volume
 
@@ -77,7 +76,7 @@ def workers(full: bool = False) -> list[Row]:
 
 
 def real_pairs() -> list[tuple[str, str]]:
-    root = Path(os.environ.get("MEDVOL_DATA", "../shared/data")) / "datalists_supervoxels"
+    root = DATA / "datalists_supervoxels"
     out = [(p, Path(str(p).replace("images", "labels"))) for p in sorted(root.glob("openkbp/images*/*.nii.gz"))]
     out += [
         (p, p.with_name(p.name.replace("_ct.", "_seg.").replace("_mr.", "_mr_seg.")))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+DATA = Path(os.environ.get("MEDVOL_DATA", Path(__file__).resolve().parents[1]/"../shared/data"))  # real volumes
+
 
 @dataclass
 class Row:

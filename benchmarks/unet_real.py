@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Row, table
+from benchmarks.common import DATA, Row, table
 
-DATA = Path(os.environ.get("MEDVOL_DATA", Path(__file__).resolve().parents[1]/"../shared/data"))
 PATCH, HELD, SHAPE = (4, 128, 128), 384, (20, 512, 512) # x >= HELD is for validation
 DICE, ANGLE = 0.75, 18.0 # asked for: at least and at most
 WIDTHS, KERNELS = (16, 32, 64, 128), ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
