@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import zarr
 
 from medvol_nb import phantoms
-from medvol_nb.core import DataError, FormatError, MedvolError, MissingFile, rng_for
+from medvol_nb.core import DataError, FormatError, MedvolError, MissingFile, fingerprint, rng_for
 from medvol_nb.embed import store as page
 from medvol_nb.embed.coarse import interpolation_matrix, norm_map
 from medvol_nb.embed.data import net_grid
@@ -116,6 +117,17 @@ def test_differences_along_all_axes_are_stored_where_vectors_are_smooth(tmp_path
     rough = replace(emb, maps={**emb.maps, "fine": unit(emb.maps["fine"].shape, 4)})
     write_embedding(rough, tmp_path / "r.zarr")
     assert not hasattr(open_embedding(tmp_path / "r.zarr").maps["fine"], "along")
+
+
+@pytest.mark.parametrize("along", [{"fine": "x" * 9}, {"fine": 3}, ["fine"]])
+def test_differences_that_nobody_writes_are_refused(tmp_path, along):
+    "Also with a digest that fits"
+    write_embedding(position_embedding(small_scan(), c=16), tmp_path / "e.zarr")
+    group = zarr.open_group(str(tmp_path / "e.zarr"), mode="r+")
+    attrs = {k: v for k, v in group.attrs.items() if k != "digest"} | {"differences": along}
+    group.attrs.update({**attrs, "digest": fingerprint(attrs)})
+    with pytest.raises(FormatError, match="e.zarr"):
+        open_embedding(tmp_path / "e.zarr")
 
 
 def test_D06_stores_need_no_gpu_no_network_and_run_nothing(tmp_path):

@@ -193,6 +193,8 @@ def embed_volume(
 CHUNK = (8, 32, 32) # (z, y, x) of the maps
 _ATTRS = ("version", "model", "grid", "native", "scales", "stretch", "differences", "info")
 
+_ALONG = ("", "x", "xy", "xyz") # axes that differences may be stored along
+
 class _Summed:
     "Stored differences, read as the numbers themselves"
     def __init__(self, array: Any, along: str):
@@ -222,7 +224,7 @@ def _differences(m: np.ndarray, along: str) -> np.ndarray:
 
 def _smallest(m: np.ndarray) -> tuple[np.ndarray, str]:
     "An int8 map, or those of its differences that are smallest on average, and along which axes; no chunk is all zero"
-    sizes = {along: np.abs(_differences(m[::4], along).astype(np.int16)).mean() for along in ("", "x", "xy", "xyz")}
+    sizes = {along: np.abs(_differences(m[::4], along).astype(np.int16)).mean() for along in _ALONG}
     for along in sorted(sizes, key=sizes.get):
         d = _differences(m, along)
         filled = (d != 0).any(0)
@@ -292,6 +294,8 @@ def open_embedding(
                 lost = a.nchunks - there
                 raise FormatError(f"{where}: damaged, {lost} of {a.nchunks} chunks of {name!r} are missing")
         along = attrs["differences"]
+        if unknown := set(along.values()) - set(_ALONG):
+            raise FormatError(f"{where}: differences along {unknown.pop()!r} are not known")
         maps = {h: _Summed(arrays[h], along[h]) if along.get(h) else arrays[h] for h in STRIDES if h in arrays}
         lacking = sorted(set(attrs["scales"]) - set(maps))
         if lacking: raise FormatError(f"{where}: map {lacking[0]!r} is missing")
