@@ -266,8 +266,8 @@ class _Cells:
                 target.zero_()
                 return
             full = torch.empty(r, n, *real.shape, device=self.device)
-            for k in range(n):
-                if k >= m or mask is not None and not mask[k].any(): full[:c, k] = 0
+            for k in range(m):
+                if mask is not None and not mask[k].any(): full[:c, k] = 0
                 else:
                     row = planes.row(x + k)
                     row = (matrix @ row.reshape(len(row), -1) - offset).reshape(c, *self.shape[1:])

@@ -65,7 +65,7 @@ def interpolated(
     table: torch.Tensor, # (r, z', y', x') float32
     axes: Sequence[torch.Tensor], # (z, z'), (y, y') and (x, x'), from `interpolation_axes`
 ) -> torch.Tensor: # (r, z, y, x)
-    "One axis after the other, the longest last"
+    "One axis after the other, x first"
     (r, nz, ny, nx), (z, y, x) = table.shape, map(len, axes)
     out = (table.reshape(-1, nx) @ axes[2].T).reshape(r*nz, ny, x)
     out = torch.bmm(axes[1].expand(r*nz, -1, -1), out).reshape(r, nz, y*x)

@@ -243,7 +243,7 @@ def _fine_table(views: tuple[Maps, Maps], cfg: LossConfig, rng: torch.Generator,
         if not apart:
             vectors = torch.cat([coarse_at(views[0], query[of_a]), coarse_at(views[1], query[~of_a] - n)])
             for block, view in zip(blocks, views): block += coarse_scores(vectors, view)
-        points = torch.cat([a.points[query[of_a]], b.points[query[~of_a] - n]])
+        points = torch.cat([a.points, b.points])[query]
         for block, to in zip(blocks, (a, b)): forget_near(block, points, to, cfg.ignore_mm, cfg.reference_quirks)
         if not cfg.reference_quirks: score.scatter_(1, key[:, None], -math.inf)
         if apart: blocks[1].fill_(-math.inf)

@@ -125,7 +125,7 @@ def _wandb(plan: Plan) -> Callable[[str, FitState], None]:
         if event == "end": session.finish()
     return tell
 
-def _start_record(plan: Plan, base: Path, digest: str, c: Conditions) -> dict[str, Any]:
+def _start_record(plan: Plan, base: Path, digest: str, pictures: list[str], c: Conditions) -> dict[str, Any]:
     "What is known before the first step"
     p = plan.pictures
     said = p.about.get("prompt")
@@ -138,7 +138,7 @@ def _start_record(plan: Plan, base: Path, digest: str, c: Conditions) -> dict[st
             "classes": [list(k) for k in c.classes],
             "pictures": {"folder": str(p.root.resolve()), "n": len(p), "phases": p.phases,
                          "planes": sorted({k[1].pretty for k in p.classes if k and k[1]}), "set": set_of(p),
-                         "digest": fingerprint(picture_digests(p.files)),
+                         "digest": fingerprint(pictures),
                          "folder_json": file_digest(note) if note.exists() else None},
             "steps": plan.steps, "versions": versions(),
             "licences": [str(p.about.get("licence") or DATA_LICENCE), MODEL_LICENCE]}
@@ -275,12 +275,13 @@ def train_diffusion(
     shots = [(f"{names[r]}-{k}", r, cfg.seed + k) for k, r in drawn]
     validate = Validation(fixed, _monitor(plan), loss, cfg.seed, cfg.precision, out, pipe, shots,
                           cfg.validation_image_steps)
-    identity = {"base": digest, "pictures": picture_digests(plan.pictures.files), "prompts": c.prompts,
+    pictures = picture_digests(plan.pictures.files)
+    identity = {"base": digest, "pictures": pictures, "prompts": c.prompts,
                 "classes": c.classes, "rows": c.rows, "prior": picture_digests(prior),
                 "settings": plain(cfg.model_dump(mode="json", exclude=_FREE)), "size": size}
     if back_to is not None: _go_back(out, back_to, identity)
     tell = [_wandb(plan)] if cfg.report_to == "wandb" and _is_main() else []
-    record = _start_record(plan, base, digest, c)
+    record = _start_record(plan, base, digest, pictures, c)
     note = at_start(lambda: write_json(out/"run.json", record))
     result = fit(net, Batches(items, cfg.batch_size, seed=cfg.seed, workers=cfg.workers), loss,
                  fit_config(cfg, plan.steps, _monitor(plan)), out_dir=out, validate=validate, callbacks=[note, *tell],
